@@ -1,0 +1,46 @@
+# Fresh machine: `make train` or `make test` is the only command that you need.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+.DEFAULT_GOAL := help
+.PHONY: help train test test-all faults check bench clean
+
+help:
+	@echo "make train     install if needed, then raw text to a trained model on this CPU"
+	@echo "make test      install if needed, then the tests (under 15 minutes)"
+	@echo "make test-all  every test, also the slow ones"
+	@echo "make faults    kill points and other faults only"
+	@echo "make check     format, lint and types"
+	@echo "make bench     ratios of loader and kernels on this machine"
+	@echo "make clean     remove what make train produced (not .venv)"
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or later is needed, this is {sys.version}"'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+train: $(STAMP)
+	$(BIN)/pretrain data tokenizer
+	$(BIN)/pretrain data build
+	$(BIN)/pretrain train
+	$(BIN)/pretrain evaluate run.dir=out/runs/tiny
+	$(BIN)/pretrain generate run.dir=out/runs/tiny
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m 'not slow and not gpu'
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest
+
+faults: $(STAMP)
+	$(BIN)/python -m pytest tests/faults
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck launch/*.sh launch/env/*.sh slurm/*.sbatch slurm/sites/*.sh .ci/run
+
+clean:
+	rm -rf out

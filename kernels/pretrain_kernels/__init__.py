@@ -1,0 +1,1 @@
+"""Fused kernels of the recurrent core: torch and triton only, importable without a GPU."""

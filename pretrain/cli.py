@@ -1,0 +1,109 @@
+"""The command `pretrain`: words name a module, the rest are Hydra overrides.
+
+`pretrain data build data=files` calls main of pretrain/data/build.py with the composed
+configuration. Hydra's own flags (--cfg job, --info defaults, -m, ...) keep working.
+"""
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NamedTuple, NoReturn
+
+from pretrain.errors import EXIT_BUG, EXIT_CONFIG, EXIT_FINISHED, PretrainError
+
+
+class Command(NamedTuple):
+    """One command: its words, the primary configuration it takes, and what it is for."""
+
+    words: str
+    primary: str
+    purpose: str
+
+
+COMMANDS = (
+    Command("data tokenizer", "train", "train the tokenizer on the raw text"),
+    Command("data build", "train", "pack the raw text into shards of token rows"),
+    Command("data verify", "train", "check every byte of the shards"),
+    Command("data inspect", "data", "show the mixture, and one row as text"),
+    Command("plan", "train", "parameters, FLOPs, memory, wait and hours; no GPU needed"),
+    Command("doctor", "train", "can this machine train, and what is missing"),
+    Command("train", "train", "train, or resume the run folder"),
+    Command("evaluate", "evaluate", "held-out loss at several depths"),
+    Command("generate", "generate", "continue a prompt"),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and exit with its code (0, 64, 65, 70 or 75)."""
+    code = _run(list(sys.argv[1:] if arguments is None else arguments))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # a finished process with a gloo group alive may abort in interpreter teardown (torch 2.13)
+    os._exit(code)
+
+
+def _run(arguments: list[str]) -> int:
+    command, rest = _find(arguments)
+    if command is None:
+        print(_usage())
+        return EXIT_FINISHED if arguments in (["--help"], ["-h"]) else EXIT_CONFIG
+    logging.basicConfig(
+        level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    try:
+        module = import_module("pretrain." + command.words.replace(" ", "."))
+        if any(argument.startswith("-") for argument in rest):
+            return _run_by_hydra(command, module.main, rest)
+        from pretrain.compose import load
+
+        code = module.main(load(command.primary, rest))
+        return EXIT_FINISHED if code is None else int(code)
+    except PretrainError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except Exception:
+        traceback.print_exc()
+        return EXIT_BUG
+
+
+def _find(arguments: list[str]) -> tuple[Command | None, list[str]]:
+    for command in COMMANDS:
+        words = command.words.split()
+        if arguments[: len(words)] == words:
+            return command, arguments[len(words) :]
+    return None, arguments
+
+
+def _run_by_hydra(command: Command, function: Any, rest: list[str]) -> int:
+    """Hydra's own entry point, for its flags: --help, --cfg, --info, --multirun, completion."""
+    import hydra
+    from omegaconf import OmegaConf
+
+    from pretrain.compose import register_schemas
+    from pretrain.paths import config_source
+
+    register_schemas()
+    codes: list[int] = []
+
+    def job(composed: Any) -> None:
+        codes.append(function(OmegaConf.to_object(composed)) or EXIT_FINISHED)
+
+    sys.argv = [f"pretrain {command.words}", *rest]
+    entry = hydra.main(
+        config_path=config_source(), config_name=command.primary, version_base="1.3"
+    )(job)
+    try:
+        entry()
+    except SystemExit as leaving:
+        # Hydra says 1 for every mistake in flags and overrides
+        return EXIT_CONFIG if leaving.code else EXIT_FINISHED
+    return max(codes, default=EXIT_FINISHED)
+
+
+def _usage() -> str:
+    width = max(len(command.words) for command in COMMANDS)
+    lines = [f"  pretrain {command.words:<{width}}  {command.purpose}" for command in COMMANDS]
+    return "usage: pretrain COMMAND [group=option] [key=value] [Hydra flags]\n" + "\n".join(lines)

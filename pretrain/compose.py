@@ -1,0 +1,247 @@
+"""How YAML and overrides become a configuration, and how a run folder keeps one.
+
+Hydra composes once; past this module nobody sees a DictConfig. A run freezes its configuration
+as config.yaml; later lives read that file, with the overrides that they were given on top.
+"""
+
+import dataclasses
+import difflib
+import logging
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from hydra import compose, initialize_config_dir, initialize_config_module
+from hydra.conf import HydraConf
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pretrain import config as tree
+from pretrain.errors import CheckpointError, ConfigError
+from pretrain.optim.config import AdamWConfig, EllisAdamConfig
+from pretrain.paths import config_source
+
+log = logging.getLogger(__name__)
+
+SCHEMAS = {
+    "train": tree.TrainConfig,
+    "data": tree.InspectTrainConfig,
+    "evaluate": tree.EvaluateConfig,
+    "generate": tree.GenerateConfig,
+}
+OPTIMIZERS = {"ellis-adam": EllisAdamConfig, "adamw": AdamWConfig}
+
+# What a later life of a run may not change: the stream of rows, depths and states, and the model.
+FIXED_FOR_A_RUN = ("model.", "depth.", "run.seed", "optimizer.name", "tokenizer.vocabulary_size")
+
+
+def register_schemas() -> None:
+    """Tell Hydra the types of every key; harmless to call again."""
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=tree.TrainConfig)
+    store.store(name="inspect_schema", node=tree.InspectTrainConfig)
+    store.store(name="evaluate_schema", node=tree.EvaluateConfig)
+    store.store(name="generate_schema", node=tree.GenerateConfig)
+    store.store(group="optimizer", name="ellis_adam_schema", node=EllisAdamConfig)
+    store.store(group="optimizer", name="adamw_schema", node=AdamWConfig)
+
+
+def load(primary: str, overrides: Sequence[str]) -> Any:
+    """The configuration named `primary` (train, data, evaluate, generate) with overrides.
+
+    For `train`, a run folder that exists gives its frozen config.yaml as the base, unless the
+    overrides choose groups (experiment=..., model=...): then the composed configuration is
+    compared with the frozen one by `check_resumable`.
+
+    Raises ConfigError for unknown keys, wrong types, missing values and failed cross-checks.
+    """
+    _check_hydra_overrides(overrides)
+    composed = _compose(primary, overrides)
+    try:
+        if primary == "train" and not _chooses_groups(overrides):
+            frozen = Path(composed.run.dir) / "config.yaml"
+            if frozen.is_file():
+                return _to_object(_apply(_read(frozen), overrides), str(frozen))
+        return _to_object(composed, f"conf/{primary}.yaml")
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error)) from error
+
+
+def freeze(config: tree.TrainConfig) -> str:
+    """The configuration as YAML, every value resolved."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+
+
+def as_dict(config: tree.TrainConfig) -> dict[str, Any]:
+    """The configuration as plain values (enums by name)."""
+    return cast(
+        dict[str, Any],
+        OmegaConf.to_container(
+            OmegaConf.structured(config), resolve=True, enum_to_str=True
+        ),
+    )
+
+
+def thaw(run_dir: Path) -> tree.TrainConfig:
+    """The configuration that the run in `run_dir` froze. Raises CheckpointError if there is none."""
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{run_dir} is no run folder: it has no config.yaml. Give run.dir=... of a run that "
+            "`pretrain train` has started."
+        )
+    return cast(tree.TrainConfig, _to_object(_read(path), str(path)))
+
+
+def differences(old: tree.TrainConfig, new: tree.TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ, with both values."""
+    before, after = _flatten(as_dict(old)), _flatten(as_dict(new))
+    keys = sorted(before.keys() | after.keys())
+    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
+
+
+def check_resumable(old: tree.TrainConfig, new: tree.TrainConfig) -> None:
+    """Refuse a life whose model or stream differs from the run's; warn of every other change.
+
+    Raises ConfigError that names each fixed key with both values.
+    """
+    changed = differences(old, new)
+    refused = [
+        f"  {key}: {was} in the run folder, {now} asked for"
+        for key, (was, now) in changed.items()
+        if key.startswith(FIXED_FOR_A_RUN)
+    ]
+    if refused:
+        raise ConfigError(
+            f"{new.run.dir} holds another run; these may not change when it resumes:\n"
+            + "\n".join(refused)
+            + "\nChoose another run.dir (or run.name), or drop the override."
+        )
+    for key, (was, now) in changed.items():
+        log.warning("resuming with %s=%s (was %s)", key, now, was)
+
+
+def _compose(primary: str, overrides: Sequence[str]) -> DictConfig:
+    register_schemas()
+    source = config_source()
+    if source.startswith("pkg://"):
+        context = initialize_config_module(source.removeprefix("pkg://"), version_base="1.3")
+    else:
+        context = initialize_config_dir(source, version_base="1.3")
+    try:
+        with context:
+            return compose(primary, overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error) + _nearest_key(error, primary)) from error
+
+
+def _to_object(node: Any, where: str) -> Any:
+    missing = sorted(str(key) for key in OmegaConf.missing_keys(node))
+    if missing:
+        raise ConfigError(f"{where} needs a value for {', '.join(missing)}: {missing[0]}=...")
+    try:
+        return OmegaConf.to_object(node)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error)) from error
+
+
+def _read(path: Path) -> Any:
+    try:
+        loaded = OmegaConf.load(path)
+        schema = OmegaConf.structured(tree.TrainConfig)
+        name = OmegaConf.select(loaded, "optimizer.name")
+        if name not in OPTIMIZERS:
+            raise ConfigError(
+                f"{path}: optimizer.name={name} is unknown; there are {', '.join(OPTIMIZERS)}."
+            )
+        schema.optimizer = OmegaConf.structured(OPTIMIZERS[name])
+        return OmegaConf.merge(schema, loaded)
+    except (OmegaConfBaseException, OSError) as error:
+        raise ConfigError(f"{path}: {_explain(error)}") from error
+
+
+def _apply(node: Any, overrides: Sequence[str]) -> Any:
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if override.is_add() or override.is_delete():
+            raise ConfigError(
+                f"{override.input_line}: a run that exists takes plain key=value overrides only."
+            )
+        if override.key_or_group == "run.name":
+            # it led to the folder; the frozen name stays
+            continue
+        try:
+            OmegaConf.update(node, override.key_or_group, override.value(), merge=True)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{override.input_line}: {_explain(error)}") from error
+    return node
+
+
+def _chooses_groups(overrides: Sequence[str]) -> bool:
+    keys = (re.split(r"[=@]", text.lstrip("+~"), maxsplit=1)[0] for text in overrides)
+    return any("." not in key for key in keys)
+
+
+def _check_hydra_overrides(overrides: Sequence[str]) -> None:
+    """Hydra itself lets misspelt hydra.* keys pass."""
+    for text in overrides:
+        key = re.split(r"[=@]", text.lstrip("+~"), maxsplit=1)[0]
+        if not key.startswith("hydra."):
+            continue
+        node: Any = HydraConf
+        for part in key.split(".")[1:]:
+            if not dataclasses.is_dataclass(node):
+                break
+            kinds = {field.name: field.type for field in dataclasses.fields(node)}
+            if part not in kinds:
+                near = difflib.get_close_matches(part, kinds, n=1)
+                hint = f" Did you mean {near[0]}?" if near else ""
+                raise ConfigError(f"{text}: there is no key {key} in Hydra's configuration.{hint}")
+            node = kinds[part]
+
+
+def _explain(error: BaseException) -> str:
+    """The innermost reason, which Hydra and OmegaConf wrap several times over."""
+    while error.__cause__ is not None and not isinstance(error, ConfigError):
+        error = error.__cause__
+    return str(error).split("\n    full_key:")[0].strip()
+
+
+def _nearest_key(error: BaseException, primary: str) -> str:
+    found = re.search(r"Key '([^']+)' (?:is )?not in '([^']+)'", str(error) + str(error.__cause__))
+    if not found:
+        return ""
+    known = sorted({key.rsplit(".", 1)[-1] for key in _known_keys(SCHEMAS[primary])})
+    near = difflib.get_close_matches(found.group(1), known, n=1)
+    return f"\nDid you mean {near[0]}?" if near else ""
+
+
+def _known_keys(schema: Any, prefix: str = "") -> list[str]:
+    keys = []
+    for field in dataclasses.fields(schema):
+        keys.append(prefix + field.name)
+        if dataclasses.is_dataclass(field.type):
+            keys += _known_keys(field.type, f"{prefix}{field.name}.")
+    return keys
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def write_frozen(config: tree.TrainConfig, run_dir: Path) -> None:
+    """Write config.yaml into the run folder, whole or not at all."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    temporary = run_dir / f"config.yaml.tmp-{os.getpid()}"
+    temporary.write_text(freeze(config), encoding="utf-8")
+    temporary.replace(run_dir / "config.yaml")

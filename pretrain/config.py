@@ -1,0 +1,129 @@
+"""The whole configuration as a tree of dataclasses; `compose` turns YAML and overrides into it."""
+
+import dataclasses
+
+from pretrain.data.config import DataConfig, InspectConfig, TokenizerConfig
+from pretrain.engine.config import CheckpointConfig, EngineConfig
+from pretrain.errors import ConfigError
+from pretrain.loop.config import (
+    BatchConfig,
+    EvaluateOptions,
+    GenerateOptions,
+    LoggingConfig,
+    RunConfig,
+    ValidationConfig,
+)
+from pretrain.model.config import DepthConfig, ModelConfig
+from pretrain.optim.config import OptimizerConfig, ScheduleConfig
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class ClusterConfig:
+    """The machines a run is planned for."""
+
+    nodes: int
+    """Hosts."""
+    gpus_per_node: int
+    """GPUs of one host, one process each."""
+    gpu_memory_bytes: int
+    """Memory of one GPU."""
+    gpu_flops: float
+    """Sustained matrix throughput of one GPU in FLOP/s at the run's precision."""
+
+    @property
+    def ranks(self) -> int:
+        """Processes of the whole job."""
+        return self.nodes * self.gpus_per_node
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """Everything a run depends on."""
+
+    run: RunConfig
+    model: ModelConfig
+    depth: DepthConfig
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    batch: BatchConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    engine: EngineConfig
+    checkpoint: CheckpointConfig
+    validation: ValidationConfig
+    logging: LoggingConfig
+    cluster: ClusterConfig
+
+    def __post_init__(self) -> None:
+        rows = self.batch.rows(self.model.context)
+        if self.data.context != self.model.context:
+            raise ConfigError(
+                f"data.context={self.data.context} and model.context={self.model.context} differ; "
+                "rows are packed for one context."
+            )
+        if self.tokenizer.vocabulary_size > self.model.vocabulary_size:
+            raise ConfigError(
+                f"tokenizer.vocabulary_size={self.tokenizer.vocabulary_size} does not fit into "
+                f"model.vocabulary_size={self.model.vocabulary_size}."
+            )
+        self._check_dealing(rows)
+
+    def _check_dealing(self, rows: int) -> None:
+        depth = self.depth
+        if rows % depth.block_rows:
+            raise ConfigError(
+                f"depth.block_rows={depth.block_rows} does not divide the {rows} rows of a step."
+            )
+        if depth.lanes is not None and (depth.lanes < 1 or rows % depth.lanes):
+            raise ConfigError(
+                f"depth.lanes={depth.lanes} does not divide the {rows} rows of a step."
+            )
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimizer step over all ranks."""
+        return self.batch.rows(self.model.context)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self.run.steps is not None:
+            return self.run.steps
+        assert self.run.tokens is not None
+        return -(-self.run.tokens // self.batch.global_tokens)
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the whole run."""
+        return self.total_steps * self.batch.global_tokens
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class InspectTrainConfig(TrainConfig):
+    """A run's configuration and which of its rows to look at."""
+
+    inspect: InspectConfig
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class RunFolderConfig:
+    """The run that a command reads."""
+
+    dir: str
+    """The run folder."""
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class EvaluateConfig:
+    """Held-out loss of a trained run at several depths."""
+
+    run: RunFolderConfig
+    evaluate: EvaluateOptions
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class GenerateConfig:
+    """Text from a trained run."""
+
+    run: RunFolderConfig
+    generate: GenerateOptions

@@ -1,0 +1,1 @@
+"""Raw text to packed, shuffled, verified rows of tokens."""

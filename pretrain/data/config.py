@@ -1,0 +1,110 @@
+"""Where text comes from, how it becomes shards, and how shards are read. Torch-free."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from pretrain.errors import ConfigError
+
+
+class Corpus(Enum):
+    """Where documents come from."""
+
+    embedded = "embedded"
+    files = "files"
+
+
+class OnDamage(Enum):
+    """What a damaged record does to a run."""
+
+    error = "error"
+    quarantine = "quarantine"
+
+
+@dataclass(kw_only=True, slots=True)
+class SourceConfig:
+    """One source of documents and its share of training."""
+
+    paths: list[str] = field(default_factory=list)
+    """Globs below data.root (** allowed); unused by the embedded corpus."""
+    weight: float | None = None
+    """Share of training rows, relative to the other sources; null: by the tokens it has."""
+    text_key: str | None = None
+    """Key or column of the text, where it differs from data.text_key."""
+    licence: str = ""
+    """Kept in the manifest."""
+    provenance: str = ""
+    """Kept in the manifest: where the text came from."""
+
+    def __post_init__(self) -> None:
+        if self.weight is not None and self.weight < 0:
+            raise ConfigError(f"A source's weight is {self.weight}; it must be 0 or more, or null.")
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Raw text, shards, and the order in which rows are read."""
+
+    name: str
+    """Names the corpus; part of default paths."""
+    corpus: Corpus
+    """embedded: text that ships with Python and its packages; files: a folder or URL."""
+    root: str | None = None
+    """Folder or fsspec URL that source globs are relative to (corpus: files)."""
+    text_key: str = "text"
+    """Key (jsonl) or column (parquet) that holds a document's text."""
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """Sources by name; empty: every folder directly below root is one."""
+    shards: str
+    """Folder or fsspec URL of the built shards and their manifest."""
+    context: int
+    """Tokens in a row; a stored row has one more, so that every input has its label."""
+    valid_fraction: float = 0.01
+    """Share of documents, chosen by the hash of their id, that is held out."""
+    max_bytes: int | None = None
+    """Stop reading a source after this many bytes of text; null: read all."""
+    rows_per_member: int = 64
+    """K, packed rows in one tar member."""
+    members_per_shard: int = 128
+    """Members in one shard, except a source's last."""
+    pack_tokens: int = 4_194_304
+    """Tokens of documents that best-fit packing looks at together."""
+    build_workers: int = 0
+    """Processes that tokenize; 0: as many as there are cores."""
+    loader_workers: int = 1
+    """Processes that read rows for one rank; 0: the training process reads them itself."""
+    window_shards: int = 16
+    """Shards whose rows are shuffled together."""
+    on_damage: OnDamage = OnDamage.error
+    """error: stop at a damaged record."""
+    cache: str = ""
+    """Folder for copies of remote shards on this node; needed if shards is a URL."""
+    cache_bytes: int = 200_000_000_000
+    """Remove the least recently used copies beyond this size."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.valid_fraction < 1:
+            raise ConfigError(f"data.valid_fraction={self.valid_fraction} must be in [0, 1).")
+        for name in ("rows_per_member", "members_per_shard", "window_shards", "context"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"data.{name}={getattr(self, name)} must be at least 1.")
+        if self.corpus is Corpus.embedded and self.root is not None:
+            raise ConfigError(
+                f"data.root={self.root} is set, but the embedded corpus reads no folder; "
+                "choose data=files."
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class TokenizerConfig:
+    """A SentencePiece tokenizer and how it is trained."""
+
+    path: str
+    """Folder of tokenizer.model and tokenizer.json (its hash, special ids, how it was trained)."""
+    vocabulary_size: int
+    """Pieces, specials included; equals model.vocabulary_size."""
+    train_bytes: int = 100_000_000
+    """Text to learn pieces from, taken from the sources by their weights."""
+    character_coverage: float = 0.9999
+    """Share of characters that get pieces of their own; bytes cover the rest."""
+    threads: int = 0
+    """Threads for training; 0: as many as there are cores."""

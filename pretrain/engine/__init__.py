@@ -1,0 +1,1 @@
+"""DeepSpeed, process groups and checkpoints."""

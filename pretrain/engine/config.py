@@ -1,0 +1,65 @@
+"""How the model is run on devices, and how it is saved. Torch-free."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from pretrain.errors import ConfigError
+
+
+class Precision(Enum):
+    """bf16: bf16 weights with fp32 master copies and gradients; fp32: all fp32."""
+
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class Device(Enum):
+    """Where to train; auto: CUDA if there is one."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@dataclass(kw_only=True, slots=True)
+class EngineConfig:
+    """DeepSpeed ZeRO and the numerics of a step."""
+
+    zero_stage: int
+    """1: shard the optimizer; 2: gradients too; 3: weights too."""
+    precision: Precision
+    """Storage and arithmetic of weights and activations; masters and moments are fp32."""
+    device: Device = Device.auto
+    """Where to train."""
+    checkpoint_activations: bool = False
+    """Recompute each iteration of the core in the backward pass instead of keeping it."""
+    bucket_elements: int = 200_000_000
+    """Elements of one gradient bucket."""
+    overlap_comm: bool = False
+    """Overlap gradient reduction with the backward pass (has been wrong in the past: off)."""
+    deterministic: bool = False
+    """Only deterministic kernels on the GPU; the CPU is always deterministic."""
+    timeout_s: int = 1800
+    """A collective that waits longer than this ends the process."""
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in (1, 2, 3):
+            raise ConfigError(f"engine.zero_stage={self.zero_stage} must be 1, 2 or 3.")
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """When to save and what to keep."""
+
+    every_steps: int
+    """Save after every so many steps; the last step is always saved."""
+    keep_last: int = 2
+    """Whole checkpoints to keep, newest first."""
+    keep_every_steps: int = 0
+    """Also keep for good each checkpoint whose step is a multiple; 0: none."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1:
+            raise ConfigError(f"checkpoint.every_steps={self.every_steps} must be at least 1.")
+        if self.keep_last < 1:
+            raise ConfigError(f"checkpoint.keep_last={self.keep_last} must be at least 1.")

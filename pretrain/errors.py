@@ -1,0 +1,34 @@
+"""What can go wrong for a user, and the exit code of each.
+
+Every message says what was given, with its numbers, and what would be right.
+"""
+
+EXIT_FINISHED = 0
+EXIT_CONFIG = 64
+EXIT_DATA = 65
+EXIT_BUG = 70
+EXIT_SAVED_ON_SIGNAL = 75
+
+
+class PretrainError(Exception):
+    """A mistake that the user can mend; printed without a traceback."""
+
+    exit_code = EXIT_BUG
+
+
+class ConfigError(PretrainError):
+    """The configuration asks for something impossible or unknown."""
+
+    exit_code = EXIT_CONFIG
+
+
+class DataError(PretrainError):
+    """Text, tokenizer or shards are missing, damaged, or do not belong together."""
+
+    exit_code = EXIT_DATA
+
+
+class CheckpointError(PretrainError):
+    """A checkpoint or run folder is damaged, or belongs to another run."""
+
+    exit_code = EXIT_DATA

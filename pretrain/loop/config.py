@@ -1,0 +1,156 @@
+"""The run, its batches, its validation and its record. Torch-free."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from pretrain.errors import ConfigError
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """What a run is called, where it lives, and how long it lasts."""
+
+    name: str
+    """Names the run, its folder and its W&B page."""
+    dir: str
+    """The run folder; a folder that exists is resumed."""
+    seed: int
+    """Keys data order, depths, initial states and weights."""
+    steps: int | None
+    """Length in optimizer steps; or give tokens."""
+    tokens: int | None
+    """Length in tokens; or give steps."""
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.tokens is None):
+            raise ConfigError(
+                f"run.steps={self.steps} and run.tokens={self.tokens}: give one of the two and "
+                "set the other to null."
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class BatchConfig:
+    """Tokens of one optimizer step; accumulation follows from it and the number of ranks."""
+
+    global_tokens: int
+    """Tokens of one step over all ranks."""
+    micro_rows: int
+    """Rows of one forward and backward pass on one rank."""
+
+    def rows(self, context: int) -> int:
+        """Rows of one step. Raises ConfigError if rows of `context` tokens do not fill it."""
+        if self.global_tokens % context or self.global_tokens < context:
+            lower = max(self.global_tokens // context, 1) * context
+            raise ConfigError(
+                f"batch.global_tokens={self.global_tokens} is not a multiple of "
+                f"model.context={context}.\n  Nearest: {lower} ({lower // context} rows) or "
+                f"{lower + context} ({lower // context + 1} rows)."
+            )
+        return self.global_tokens // context
+
+    def micro_steps(self, *, context: int, ranks: int) -> int:
+        """Backward passes of one rank in a step. Raises ConfigError if it does not divide."""
+        self.rows(context)
+        unit = ranks * self.micro_rows * context
+        if self.global_tokens % unit:
+            lower, upper = self.global_tokens // unit, self.global_tokens // unit + 1
+            near = f"{lower * unit} ({lower} micro-steps) or " if lower else ""
+            raise ConfigError(
+                f"batch.global_tokens={self.global_tokens} does not divide: {ranks} ranks x "
+                f"batch.micro_rows={self.micro_rows} x model.context={context} = {unit} per "
+                f"micro-step.\n  Nearest: {near}{upper * unit} ({upper} micro-steps)."
+            )
+        return self.global_tokens // unit
+
+
+class WandbMode(Enum):
+    """auto: online if there is a key, else offline."""
+
+    auto = "auto"
+    offline = "offline"
+    disabled = "disabled"
+
+
+@dataclass(kw_only=True, slots=True)
+class LoggingConfig:
+    """The record of a run. metrics.jsonl is always written; W&B is a copy."""
+
+    wandb: WandbMode
+    """auto: online if a key is at hand, else offline; offline; disabled."""
+    project: str = "pretrain"
+    """W&B project."""
+    entity: str | None = None
+    """W&B team or user; null: the key's default."""
+    tags: list[str] = field(default_factory=list)
+    """W&B tags."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ValidationConfig:
+    """Held-out loss during training."""
+
+    every_steps: int
+    """Validate after every so many steps, and at the end."""
+    rows: int
+    """Rows of the valid split to use; the same ones every time."""
+    depths: list[int]
+    """Depths to measure, all in one pass."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1 or self.rows < 1:
+            raise ConfigError(
+                f"validation.every_steps={self.every_steps} and validation.rows={self.rows} "
+                "must be at least 1."
+            )
+        if not self.depths or min(self.depths) < 1:
+            raise ConfigError(f"validation.depths={self.depths} must name depths of 1 or more.")
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluateOptions:
+    """What `pretrain evaluate` measures."""
+
+    depths: list[int]
+    """Depths to measure, all in one pass."""
+    rows: int
+    """Rows of the valid split to use."""
+
+    def __post_init__(self) -> None:
+        if not self.depths or min(self.depths) < 1 or self.rows < 1:
+            raise ConfigError(
+                f"evaluate.depths={self.depths} must name depths of 1 or more, and "
+                f"evaluate.rows={self.rows} must be at least 1."
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class GenerateOptions:
+    """How `pretrain generate` samples."""
+
+    prompt: str
+    """Text to continue."""
+    num_steps: int
+    """Iterations of the core per token: more of them think longer."""
+    max_new_tokens: int
+    """Stop after this many tokens."""
+    temperature: float
+    """0: always the likeliest token."""
+    top_k: int
+    """Sample among this many likeliest tokens; 0: all."""
+    top_p: float
+    """Sample among the likeliest tokens that hold this probability; 1: all."""
+    seed: int
+    """Keys the sampling and the initial states."""
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1 or self.max_new_tokens < 1:
+            raise ConfigError(
+                f"generate.num_steps={self.num_steps} and "
+                f"generate.max_new_tokens={self.max_new_tokens} must be at least 1."
+            )
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ConfigError(
+                f"generate.temperature={self.temperature} and generate.top_k={self.top_k} must be "
+                f"0 or more, generate.top_p={self.top_p} in (0, 1]."
+            )

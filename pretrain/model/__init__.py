@@ -1,0 +1,1 @@
+"""The recurrent-depth transformer, and the law of its depths."""

@@ -1,0 +1,109 @@
+"""The shape of the model and the law of its depths. Torch-free, so that `plan` is quick."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from pretrain.errors import ConfigError
+
+
+class DocumentMask(Enum):
+    """Whether a token may attend to earlier documents packed into its row."""
+
+    causal = "causal"
+    isolated = "isolated"
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """One recurrent-depth transformer: prelude, core that is iterated, coda."""
+
+    name: str
+    """The preset's name; it goes into checkpoints and exports."""
+    width: int
+    """D, the width of the residual stream."""
+    heads: int
+    """H, attention heads; the head width is width / heads and must be even."""
+    inner: int
+    """I, the width inside the MLP; its first matrix has 2 I rows (gate, then up)."""
+    prelude_layers: int
+    """Layers that embed the tokens."""
+    core_layers: int
+    """Layers of one iteration of the core."""
+    coda_layers: int
+    """Layers that turn the last state into logits."""
+    vocabulary_size: int
+    """V, rows of the tied embedding."""
+    context: int
+    """T, tokens in a row."""
+    rope_base: float = 50_000.0
+    """Base of the rotary angles."""
+    norm_epsilon: float = 1e-6
+    """Added to the mean square inside RMSNorm."""
+    documents: DocumentMask = DocumentMask.causal
+    """causal: attend across documents packed in a row; isolated: mask them, positions restart."""
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ConfigError(
+                f"model.width={self.width} over model.heads={self.heads} must give an even whole "
+                f"head width, not {self.width / self.heads:g}."
+            )
+        for field in ("prelude_layers", "core_layers", "coda_layers", "inner", "context"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"model.{field}={getattr(self, field)} must be at least 1.")
+
+    @property
+    def head_width(self) -> int:
+        """K, the width of one attention head."""
+        return self.width // self.heads
+
+
+class Law(Enum):
+    """Distribution of one row's depth."""
+
+    poisson_lognormal = "poisson_lognormal"
+    fixed = "fixed"
+
+
+class Scope(Enum):
+    """What shares one depth: a row, a block of consecutive rows, or the whole step."""
+
+    row = "row"
+    block = "block"
+    step = "step"
+
+
+class Sampling(Enum):
+    """stratified: a step covers the law's quantiles evenly; independent: plain draws."""
+
+    stratified = "stratified"
+    independent = "independent"
+
+
+@dataclass(kw_only=True, slots=True)
+class DepthConfig:
+    """The law of depths and how its draws are dealt to rows (arXiv 2502.05171; dealing is ours)."""
+
+    law: Law
+    """poisson_lognormal: r = 1 + Poisson(LogNormal); fixed: r = mean."""
+    mean: int
+    """Mean of the Poisson rate (the depth's own mean is one more), or the fixed depth."""
+    backprop: int
+    """Gradient flows through the last min(backprop, r) iterations."""
+    sigma: float = 0.5
+    """Standard deviation of the rate's logarithm."""
+    scope: Scope = Scope.row
+    """What shares one depth."""
+    sampling: Sampling = Sampling.stratified
+    """How the draws of one step relate to each other."""
+    lanes: int | None = None
+    """Equal blocks of a step's rows with balanced work; null: rows / 8, at least 1."""
+    block_rows: int = 1
+    """Consecutive rows that share a depth under scope block."""
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "backprop", "block_rows"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"depth.{name}={getattr(self, name)} must be at least 1.")
+        if self.law is Law.poisson_lognormal and not self.sigma > 0:
+            raise ConfigError(f"depth.sigma={self.sigma} must be above 0.")

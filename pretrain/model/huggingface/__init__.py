@@ -1,0 +1,1 @@
+"""The published format: weights in and out."""
