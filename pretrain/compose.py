@@ -148,6 +148,9 @@ def _to_object(node: Any, where: str) -> Any:
         return OmegaConf.to_object(node)
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from error
+    except AttributeError as error:
+        # a key forced in with +, which the slots of our dataclasses have no place for
+        raise ConfigError(f"Nothing reads this key: {error}.") from error
 
 
 def _read(path: Path) -> Any:
@@ -208,7 +211,9 @@ def _explain(error: BaseException) -> str:
     """The innermost reason, which Hydra and OmegaConf wrap several times over."""
     while error.__cause__ is not None and not isinstance(error, ConfigError):
         error = error.__cause__
-    return str(error).split("\n    full_key:")[0].strip()
+    text = str(error).split("\n    full_key:")[0].split("\nConfig search path")[0].strip()
+    key = getattr(error, "full_key", None)
+    return f"{key}: {text}" if key and key not in text else text
 
 
 def _nearest_key(error: BaseException, primary: str) -> str:

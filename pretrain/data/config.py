@@ -87,6 +87,10 @@ class DataConfig:
         for name in ("rows_per_member", "members_per_shard", "window_shards", "context"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name}={getattr(self, name)} must be at least 1.")
+        if self.corpus is Corpus.files and not self.root:
+            raise ConfigError(
+                f"data={self.name} reads files and needs data.root=FOLDER (or a URL)."
+            )
         if self.corpus is Corpus.embedded and self.root is not None:
             raise ConfigError(
                 f"data.root={self.root} is set, but the embedded corpus reads no folder; "
@@ -108,3 +112,15 @@ class TokenizerConfig:
     """Share of characters that get pieces of their own; bytes cover the rest."""
     threads: int = 0
     """Threads for training; 0: as many as there are cores."""
+
+
+@dataclass(kw_only=True, slots=True)
+class InspectConfig:
+    """What `pretrain data inspect` shows."""
+
+    row: int
+    """Global row of the training stream to decode."""
+
+    def __post_init__(self) -> None:
+        if self.row < 0:
+            raise ConfigError(f"inspect.row={self.row} must be 0 or more.")
