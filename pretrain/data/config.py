@@ -13,13 +13,6 @@ class Corpus(Enum):
     files = "files"
 
 
-class OnDamage(Enum):
-    """What a damaged record does to a run."""
-
-    error = "error"
-    quarantine = "quarantine"
-
-
 @dataclass(kw_only=True, slots=True)
 class SourceConfig:
     """One source of documents and its share of training."""
@@ -74,8 +67,6 @@ class DataConfig:
     """Processes that read rows for one rank; 0: the training process reads them itself."""
     window_shards: int = 16
     """Shards whose rows are shuffled together."""
-    on_damage: OnDamage = OnDamage.error
-    """error: stop at a damaged record."""
     cache: str = ""
     """Folder for copies of remote shards on this node; needed if shards is a URL."""
     cache_bytes: int = 200_000_000_000
@@ -84,9 +75,24 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.valid_fraction < 1:
             raise ConfigError(f"data.valid_fraction={self.valid_fraction} must be in [0, 1).")
-        for name in ("rows_per_member", "members_per_shard", "window_shards", "context"):
+        for name in (
+            "rows_per_member",
+            "members_per_shard",
+            "window_shards",
+            "context",
+            "pack_tokens",
+            "cache_bytes",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name}={getattr(self, name)} must be at least 1.")
+        for name in ("build_workers", "loader_workers"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"data.{name}={getattr(self, name)} must be 0 or more.")
+        if self.shards.startswith("pipe:"):
+            raise ConfigError(
+                f"data.shards={self.shards}: commands are not run to read data; "
+                "give a folder or an fsspec URL (s3://, gs://, https://)."
+            )
         if self.corpus is Corpus.files and not self.root:
             raise ConfigError(
                 f"data={self.name} reads files and needs data.root=FOLDER (or a URL)."
