@@ -97,7 +97,7 @@ class DepthConfig:
     sampling: Sampling = Sampling.stratified
     """How the draws of one step relate to each other."""
     lanes: int | None = None
-    """Equal blocks of a step's rows with balanced work; null: rows / 8, at least 1."""
+    """Equal blocks of a step's rows that stratified draws give equal work; null: rows / 8."""
     block_rows: int = 1
     """Consecutive rows that share a depth under scope block."""
 
@@ -107,3 +107,15 @@ class DepthConfig:
                 raise ConfigError(f"depth.{name}={getattr(self, name)} must be at least 1.")
         if self.law is Law.poisson_lognormal and not self.sigma > 0:
             raise ConfigError(f"depth.sigma={self.sigma} must be above 0.")
+        is_dealt = self.scope is not Scope.step and self.sampling is Sampling.stratified
+        if self.lanes is not None and not is_dealt:
+            raise ConfigError(
+                f"depth.lanes={self.lanes} would do nothing: only stratified draws for rows or "
+                f"blocks are dealt to lanes, not depth.sampling={self.sampling.value} with "
+                f"depth.scope={self.scope.value}. Set depth.lanes=null."
+            )
+        if self.block_rows != 1 and self.scope is not Scope.block:
+            raise ConfigError(
+                f"depth.block_rows={self.block_rows} would do nothing with "
+                f"depth.scope={self.scope.value}. Set depth.scope=block or depth.block_rows=1."
+            )

@@ -8,7 +8,6 @@ Source: arXiv 2502.05171 (the law); stratification and dealing are ours.
 """
 
 import hashlib
-import heapq
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from pretrain.errors import ConfigError
 from pretrain.model.config import DepthConfig, Law, Sampling, Scope
+from pretrain.model.deal import even_groups
 
 # Work of an iteration with gradient in units of one without: forward, recomputation, 2 x backward.
 WITH_GRAD_COST = 4
@@ -155,27 +155,28 @@ def num_lanes(config: DepthConfig, rows: int) -> int:
 def _deal(
     ascending: NDArray[np.int64], config: DepthConfig, key: str, *, lanes: int
 ) -> NDArray[np.int64]:
-    """Give lanes equal work, then permute lanes and the draws inside each.
+    """Give lanes equal work, then pairs of lanes, pairs of pairs and so on up to the whole step.
 
-    The longest draw goes to the least loaded lane that has room. The permutations make every
-    place exchangeable with every other.
+    Members of every group are permuted, so each place is exchangeable with every other.
     """
-    room = len(ascending) // lanes
-    work = core_work(ascending, config.backprop).tolist()
-    hands: list[list[int]] = [[] for _ in range(lanes)]
-    # Equal loads are taken in the order of the lanes, so the deal is unambiguous.
-    heap = [(0, lane) for lane in range(lanes)]
-    for draw in range(len(ascending) - 1, -1, -1):
-        load, lane = heap[0]
-        hands[lane].append(draw)
-        if len(hands[lane]) < room:
-            heapq.heapreplace(heap, (load + work[draw], lane))
-        else:
-            heapq.heappop(heap)
-    dealt = ascending[np.array(hands)]
-    dealt = dealt[_permutations("lanes", key, 1, lanes)[0]]
-    inside = _permutations("inside", key, lanes, room)
-    return np.take_along_axis(dealt, inside, axis=1).reshape(-1)
+    loads = core_work(ascending, config.backprop)
+    members = np.arange(len(ascending))[:, None]
+    for groups in _group_counts(lanes):
+        hands = even_groups(loads, groups)
+        shuffle = _permutations(f"inside {groups}", key, *hands.shape)
+        hands = np.take_along_axis(hands, shuffle, axis=1)
+        loads = loads[hands].sum(axis=1)
+        members = members[hands].reshape(groups, -1)
+    return ascending[members[0]]
+
+
+def _group_counts(lanes: int) -> list[int]:
+    """lanes, then what is left after dividing by its prime factors one by one, down to 1."""
+    counts = [lanes]
+    while counts[-1] > 1:
+        smallest = next(d for d in range(2, counts[-1] + 1) if counts[-1] % d == 0)
+        counts.append(counts[-1] // smallest)
+    return counts
 
 
 def _step_uniform(sampling: Sampling, key: str, *, seed: int, index: int) -> float:
@@ -248,7 +249,7 @@ def _poisson_lognormal_cdf(mean: int, sigma: float) -> NDArray[np.float64]:
         near = slice(max(int(rate - reach), 0), min(int(rate + reach) + 1, size))
         mass[near] += weight * np.exp(counts[near] * log_rate - rate - log_factorial[near])
     cdf = np.cumsum(mass)
-    cdf = cdf / cdf[-1]
+    cdf /= cdf[-1]
     # No uniform below 1 reaches past the first entry that is above the largest of them.
     cdf = cdf[: int(np.searchsorted(cdf, 1.0 - 2.0**-53)) + 1]
     cdf[-1] = 1.0

@@ -1,0 +1,115 @@
+"""What unequal depths cost: how long ranks wait for the slowest, by simulating the deal.
+
+Work is counted in forward passes of the core, n + 4 k for a row of depth n + k; a micro-batch
+costs the sum over its rows, because no row is computed beyond its own depth.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain.model.config import DepthConfig, Sampling, Scope
+from pretrain.model.depth import core_work, step_totals
+
+# More steps than this do not change a printed digit.
+_MOST_STEPS = 256
+_FEWEST_STEPS = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """How the rows of a step are spread over ranks; each has a contiguous slice of them."""
+
+    ranks: int
+    """Processes of the job."""
+    micro_rows: int
+    """Rows of one forward and backward pass on one rank."""
+    zero_stage: int
+    """1: ranks meet once a step; 2 (reduces) and 3 (gathers): at every micro-step."""
+
+    @property
+    def is_meeting_often(self) -> bool:
+        """Whether ranks wait for each other at every micro-step."""
+        return self.zero_stage > 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Wait:
+    """Time of the core's work over what it would be if ranks shared the work evenly."""
+
+    slowest: float
+    """Mean work of the slowest rank over the mean work of a rank; 1: nobody waits."""
+    error: float
+    """Its standard error."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Simulation:
+    """The core's work for each row of consecutive steps."""
+
+    depth: DepthConfig
+    """The law, scope and sampling that were simulated."""
+    work: NDArray[np.int64]
+    """Forward passes of the core, int64 [steps, rows]."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps simulated."""
+        return len(self.work)
+
+    @property
+    def step_variation(self) -> float:
+        """Coefficient of variation of whole steps' work: how much the time of steps differs."""
+        steps = self.work.sum(axis=1)
+        return float(steps.std(ddof=1) / steps.mean()) if len(steps) > 1 else 0.0
+
+    def wait(self, layout: Layout) -> Wait:
+        """How long ranks wait; each runs its deepest rows first."""
+        steps, rows = self.work.shape
+        assert rows % (layout.ranks * layout.micro_rows) == 0, (rows, layout)
+        work = self.work.reshape(steps, layout.ranks, -1)
+        if layout.is_meeting_often:
+            deepest_first = -np.sort(-work, axis=2)
+            micro = deepest_first.reshape(steps, layout.ranks, -1, layout.micro_rows).sum(axis=3)
+            slowest = micro.max(axis=1).sum(axis=1)
+        else:
+            slowest = work.sum(axis=2).max(axis=1)
+        mean = self.work.sum() / (steps * layout.ranks)
+        ratio = slowest / mean
+        error = float(ratio.std(ddof=1)) / math.sqrt(steps) if steps > 1 else math.inf
+        return Wait(slowest=float(ratio.mean()), error=error)
+
+
+def simulate(depth: DepthConfig, *, seed: int, rows: int, steps: int) -> Simulation:
+    """The first `steps` steps of a run with `rows` rows a step, as training would deal them."""
+    totals = [
+        step_totals(depth, seed=seed, first_row=step * rows, rows=rows) for step in range(steps)
+    ]
+    return Simulation(depth=depth, work=core_work(np.stack(totals), depth.backprop))
+
+
+def affordable_steps(rows: int, *, budget_rows: int) -> int:
+    """Steps to simulate so that about `budget_rows` rows are dealt in all."""
+    return min(max(budget_rows // rows, _FEWEST_STEPS), _MOST_STEPS)
+
+
+def alternatives(depth: DepthConfig, *, rows: int, block_rows: int) -> list[DepthConfig]:
+    """The same law under every scope and sampling; blocks of `block_rows` rows if they divide."""
+    found = []
+    for scope in Scope:
+        for sampling in Sampling:
+            if scope is Scope.block and rows % block_rows:
+                continue
+            is_given = scope is depth.scope and sampling is depth.sampling
+            found.append(
+                dataclasses.replace(
+                    depth,
+                    scope=scope,
+                    sampling=sampling,
+                    lanes=depth.lanes if is_given else None,
+                    block_rows=block_rows if scope is Scope.block else 1,
+                )
+            )
+    return found
