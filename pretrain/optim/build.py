@@ -1,0 +1,48 @@
+"""From configuration to optimizer."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from pretrain.errors import ConfigError
+from pretrain.optim.config import AdamWConfig, EllisAdamConfig, OptimizerConfig
+from pretrain.optim.ellis_adam import EllisAdam
+from pretrain.optim.groups import parameter_groups
+
+
+def build_optimizer(
+    parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig
+) -> Optimizer:
+    """The configured optimizer over `model.named_parameters()`.
+
+    Its rate is the peak rate until the engine sets another. AdamW is torch's own: its rule is
+    elementwise, so it is right on flat partitions as it is.
+    """
+    groups = parameter_groups(parameters, weight_decay=config.weight_decay)
+    if isinstance(config, EllisAdamConfig):
+        return EllisAdam(
+            groups,
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            floor=config.floor,
+            update_clipping=config.update_clipping,
+            running_init=config.running_init,
+        )
+    if isinstance(config, AdamWConfig):
+        # Fused: one kernel without temporaries of the size of the model.
+        return torch.optim.AdamW(
+            groups,
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            betas=(config.beta1, config.beta2),
+            eps=config.epsilon,
+            fused=True,
+        )
+    raise ConfigError(
+        f"optimizer={type(config).__name__} ({config.name}) is unknown; choose "
+        "optimizer=ellis-adam or optimizer=adamw."
+    )

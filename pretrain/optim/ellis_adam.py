@@ -1,0 +1,134 @@
+"""ELLISAdam, the published run's optimizer, on whole tensors or on ZeRO's flat partitions."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from pretrain.optim.slices import Layout, Partition, unsharded
+
+# Temporaries stay below 64 MiB each, whatever the size of a tensor.
+CHUNK_ELEMENTS = 1 << 24
+
+
+class EllisAdam(Optimizer):
+    """Adam with arctangent updates whose size is clipped per tensor, and decay per step.
+
+    For each tensor at its t-th update (arXiv 2502.05171, appendix; study of the reference code):
+
+        m, v <- g, g^2                                   only at t = 1, with running_init
+        m    <- m + (1 - beta1) (g - m)
+        v    <- max(beta2 v + (1 - beta2) g^2, floor^2)
+        eta  =  lr / max(1, rms(g / sqrt(v))) / (1 - beta1^t)
+        p    <- p (1 - lr / peak * weight_decay) - eta atan2(m, sqrt(v) / sqrt(1 - beta2^t))
+
+    The rms runs over the whole tensor, so under ZeRO `layout` must be set before the first step;
+    one all-reduce of a small fp64 vector per call then makes every sharding give the same rms.
+    `lr` is set on the groups before each step; `peak` stays what the constructor was given.
+    State per partition: `step` (fp32 scalar on the CPU), `exp_avg`, `exp_avg_sq`.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float,
+        weight_decay: float,
+        beta1: float = 0.9,
+        beta2: float = 0.95,
+        floor: float = 1e-6,
+        update_clipping: bool = True,
+        running_init: bool = True,
+    ) -> None:
+        """`lr` is the peak rate; groups may carry a `weight_decay` of their own."""
+        defaults = {
+            "lr": lr,
+            "peak": lr,
+            "weight_decay": weight_decay,
+            "beta1": beta1,
+            "beta2": beta2,
+            "floor": floor,
+        }
+        super().__init__(params, defaults)
+        self.update_clipping = update_clipping
+        self.running_init = running_init
+        self.layout: Layout | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update every partition that has a gradient. All ranks call it with the same groups."""
+        assert closure is None, "EllisAdam evaluates no closure"
+        pairs = [(group, p) for group in self.param_groups for p in group["params"]]
+        pairs = [(group, p) for group, p in pairs if p.grad is not None]
+        if not pairs:
+            return
+        layout = self.layout or unsharded([p for _, p in pairs])
+        work = [(group, layout.partition_of(p)) for group, p in pairs]
+        for group, partition in work:
+            self._update_moments(group, partition)
+        clips = self._clips(work, layout)
+        for (group, partition), clip in zip(work, clips, strict=True):
+            self._update_weights(group, partition, clip)
+
+    def _update_moments(self, group: dict[str, Any], partition: Partition) -> None:
+        flat = partition.flat
+        state = self.state[flat]
+        is_first = not state
+        if is_first:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(flat)
+            state["exp_avg_sq"] = torch.zeros_like(flat)
+        state["step"] += 1
+        beta1, beta2, floor = group["beta1"], group["beta2"], group["floor"]
+        for _, _, gradient, mean, square in _chunks(partition, state):
+            if is_first and self.running_init:
+                mean.copy_(gradient)
+                torch.mul(gradient, gradient, out=square)
+            mean.lerp_(gradient, 1 - beta1)
+            square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            square.clamp_(min=floor * floor)
+
+    def _clips(self, work: list[tuple[dict[str, Any], Partition]], layout: Layout) -> list[Tensor]:
+        """One fp64 divisor per tensor, for each partition: max(1, rms(g / sqrt(v)))."""
+        counts = [len(partition.tensors) for _, partition in work]
+        device = work[0][1].flat.device
+        if not self.update_clipping:
+            ones = torch.ones(sum(counts), dtype=torch.float64, device=device)
+            return list(torch.split(ones, counts))
+        sums = torch.zeros(sum(counts), dtype=torch.float64, device=device)
+        for (_, partition), own in zip(work, torch.split(sums, counts), strict=True):
+            for tensor, _, gradient, _, square in _chunks(partition, self.state[partition.flat]):
+                ratio = (gradient * gradient).div_(square)
+                own[tensor] += ratio.sum(dtype=torch.float64)
+        layout.reduce(sums)
+        numels = [tensor.numel for _, partition in work for tensor in partition.tensors]
+        mean = sums / torch.tensor(numels, dtype=torch.float64, device=device)
+        return list(torch.split(mean.sqrt().clamp(min=1.0), counts))
+
+    def _update_weights(self, group: dict[str, Any], partition: Partition, clip: Tensor) -> None:
+        state = self.state[partition.flat]
+        updates = float(state["step"])
+        rate = group["lr"] / (1 - group["beta1"] ** updates)
+        etas = (rate / clip).to(torch.float32)
+        keep = 1 - group["lr"] / group["peak"] * group["weight_decay"]
+        correction = (1 - group["beta2"] ** updates) ** -0.5
+        for tensor, weight, _, mean, square in _chunks(partition, state):
+            angle = torch.atan2(mean, square.sqrt().mul_(correction))
+            weight.mul_(keep).sub_(angle.mul_(etas[tensor]))
+
+
+def _chunks(
+    partition: Partition, state: dict[str, Tensor]
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
+    """Small views of a partition: (tensor index, weight, gradient, mean, mean square)."""
+    assert partition.flat.grad is not None
+    tensors = (partition.flat, partition.flat.grad, state["exp_avg"], state["exp_avg_sq"])
+    flats = [tensor.detach().view(-1) for tensor in tensors]
+    for fragment in partition.fragments:
+        end = fragment.partition_start + fragment.numel
+        for start in range(fragment.partition_start, end, CHUNK_ELEMENTS):
+            numel = min(CHUNK_ELEMENTS, end - start)
+            weight, gradient, mean, square = (flat.narrow(0, start, numel) for flat in flats)
+            yield fragment.tensor, weight, gradient, mean, square

@@ -1,0 +1,20 @@
+"""The learning rate of a step, as a pure function of the tokens consumed before it."""
+
+from pretrain.optim.config import ScheduleConfig
+
+
+def learning_rate(
+    tokens: int, *, step_tokens: int, total_tokens: int, peak: float, config: ScheduleConfig
+) -> float:
+    """Rate of the step that begins after `tokens` tokens of a run of `total_tokens`.
+
+    Trapezoid. The rise counts the tokens after the step (as the reference, which counts steps
+    from 1), the fall those left before it, so no step has rate zero unless the run is over. Where
+    rise and fall overlap, the lower one counts. Only the fall is held at `min_learning_rate`.
+    """
+    rise = min(1.0, (tokens + step_tokens) / max(config.warmup_tokens, 1))
+    left = max(total_tokens - tokens, 0)
+    fall = min(1.0, left / config.cooldown_tokens) if config.cooldown_tokens else 1.0
+    if rise <= fall:
+        return peak * rise
+    return max(peak * fall, config.min_learning_rate)
