@@ -81,9 +81,7 @@ def as_dict(config: tree.TrainConfig) -> dict[str, Any]:
     """The configuration as plain values (enums by name)."""
     return cast(
         dict[str, Any],
-        OmegaConf.to_container(
-            OmegaConf.structured(config), resolve=True, enum_to_str=True
-        ),
+        OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True),
     )
 
 
@@ -102,7 +100,9 @@ def differences(old: tree.TrainConfig, new: tree.TrainConfig) -> dict[str, tuple
     """Dotted keys whose values differ, with both values."""
     before, after = _flatten(as_dict(old)), _flatten(as_dict(new))
     keys = sorted(before.keys() | after.keys())
-    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
+    return {
+        key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)
+    }
 
 
 def check_resumable(old: tree.TrainConfig, new: tree.TrainConfig) -> None:

@@ -32,3 +32,7 @@ class CheckpointError(PretrainError):
     """A checkpoint or run folder is damaged, or belongs to another run."""
 
     exit_code = EXIT_DATA
+
+
+class DivergenceError(PretrainError):
+    """Training cannot go on: its numbers are no longer finite."""

@@ -1,0 +1,73 @@
+"""What a run leaves behind: metrics.jsonl is the truth, the console and W&B are copies of it."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from pretrain.compose import as_dict
+from pretrain.config import TrainConfig
+from pretrain.loop.console import Progress
+from pretrain.loop.metrics import MetricLog
+from pretrain.loop.plots import plot_run
+from pretrain.loop.state import TrainState
+from pretrain.loop.steps import StepRecord
+from pretrain.loop.wandb_sink import WandbSink
+
+log = logging.getLogger(__name__)
+
+
+class Record:
+    """Rank 0's record of a run. Other ranks make one too, and it writes nothing there."""
+
+    def __init__(self, config: TrainConfig, run_dir: Path, state: TrainState, *, rank: int) -> None:
+        self._run_dir = run_dir
+        self._is_writer = rank == 0
+        if not self._is_writer:
+            return
+        self._log = MetricLog(run_dir / "metrics.jsonl", resumed_step=state.step)
+        self._progress = Progress(config.total_steps)
+        self._wandb = WandbSink(config.logging, run_dir, as_dict(config), run_name=config.run.name)
+
+    def step(self, record: StepRecord) -> None:
+        """One line on the console, one object in the log, one point in W&B."""
+        if not self._is_writer:
+            return
+        metrics = record.metrics
+        log.info(
+            self._progress.line(
+                step=record.step,
+                step_s=metrics["speed/step_s"],
+                loss_nats=metrics["loss/nats"],
+                mean_depth=metrics["depth/mean"],
+                tokens_per_s=metrics["speed/tokens_per_s"],
+                grad_norm=metrics["gradient/norm"],
+                learning_rate=metrics["optimizer/learning_rate"],
+            )
+        )
+        self._write({"step": record.step, "tokens": record.tokens, **metrics})
+
+    def validation(self, state: TrainState, result: dict[str, Any]) -> None:
+        """Held-out loss at several depths, as one object and one line."""
+        if not self._is_writer:
+            return
+        pairs = zip(result["validation/depths"], result["validation/loss_nats"], strict=True)
+        shown = "  ".join(f"r={depth} {loss:.4f}" for depth, loss in pairs)
+        log.info("validation at step %d: %s", state.step, shown)
+        self._write({"step": state.step, "tokens": state.tokens, **result})
+
+    def sync(self) -> None:
+        """Make what was written last through a power cut; called with each checkpoint."""
+        if self._is_writer:
+            self._log.sync()
+
+    def finish(self) -> list[Path]:
+        """Close the log and W&B, draw the plots, and say where they are."""
+        if not self._is_writer:
+            return []
+        self._log.close()
+        self._wandb.close()
+        return plot_run(self._run_dir)
+
+    def _write(self, values: dict[str, Any]) -> None:
+        self._log.write(values)
+        self._wandb.write(values)

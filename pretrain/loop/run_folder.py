@@ -1,0 +1,107 @@
+"""The run folder: what one run keeps on disk, and how a life of it begins and ends.
+
+config.yaml           the frozen configuration
+metrics.jsonl         one object per step and per validation
+checkpoints/          whole checkpoints, and `latest`
+logs/rank-00000.log   one log per rank, appended to by every life
+plots/                pictures of the record
+wandb/                W&B's files
+lock.json             who is writing here now
+requeue.json          left by a life that was told to stop: job, restart, step
+"""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+from pretrain.compose import as_dict, check_resumable, thaw, write_frozen
+from pretrain.config import TrainConfig
+from pretrain.engine.world import World
+from pretrain.errors import ConfigError, PretrainError
+
+log = logging.getLogger(__name__)
+
+_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def prepare_run_folder(config: TrainConfig, world: World) -> Path:
+    """Create or check the folder on all ranks alike; rank 0 freezes the configuration.
+
+    Raises ConfigError on every rank if ranks were started with different configurations, or if
+    the folder holds another run.
+    """
+    run_dir = Path(config.run.dir)
+    everyone = world.gather_objects(as_dict(config))
+    for rank, other in enumerate(everyone):
+        if other != everyone[0]:
+            keys = [key for key in other if other[key] != everyone[0][key]]
+            raise ConfigError(
+                f"rank {rank} was started with another configuration than rank 0: "
+                f"{', '.join(keys)} differ. Start all ranks with the same arguments."
+            )
+    if (run_dir / "config.yaml").is_file():
+        check_resumable(thaw(run_dir), config)
+    # nobody may see the new config.yaml before everybody has looked for an old one
+    world.barrier()
+    if world.rank == 0:
+        write_frozen(config, run_dir)
+        (run_dir / "requeue.json").unlink(missing_ok=True)
+    world.barrier()
+    return run_dir
+
+
+def log_to_folder(run_dir: Path, rank: int) -> None:
+    """Send this rank's log to its own file; only rank 0 also shows its progress."""
+    path = run_dir / "logs" / f"rank-{rank:05d}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    to_file = logging.FileHandler(path, encoding="utf-8")
+    to_file.setFormatter(logging.Formatter(_FORMAT))
+    root = logging.getLogger()
+    root.addHandler(to_file)
+    for handler in root.handlers:
+        if handler is not to_file and rank != 0:
+            handler.setLevel(logging.WARNING)
+
+
+def on_rank_0(world: World, deed: object) -> None:
+    """Do on rank 0 what may fail, and fail on every rank if it did, instead of hanging there."""
+    assert callable(deed)
+    problem: PretrainError | None = None
+    if world.rank == 0:
+        try:
+            deed()
+        except PretrainError as error:
+            problem = error
+    problem = world.broadcast_object(problem)
+    if problem is not None:
+        raise problem
+
+
+def write_requeue_record(run_dir: Path, step: int) -> None:
+    """Tell the batch script that this life was stopped after saving `step` and may go on.
+
+    PRETRAIN_REQUEUE_RECORD names the file if the batch script cannot know the run folder.
+    """
+    record = {
+        "job_id": os.environ.get("SLURM_JOB_ID", ""),
+        "restart_count": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        "step": step,
+    }
+    for path in _requeue_paths(run_dir):
+        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+        temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        temporary.replace(path)
+
+
+def _requeue_paths(run_dir: Path) -> list[Path]:
+    named = os.environ.get("PRETRAIN_REQUEUE_RECORD")
+    return [run_dir / "requeue.json", *([Path(named)] if named else [])]
+
+
+def flush_logs() -> None:
+    """Before a process ends without interpreter teardown."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()

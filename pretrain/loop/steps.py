@@ -1,0 +1,158 @@
+"""Training as a generator of steps; whoever drains it logs, validates, saves and stops.
+
+The loss of a step is the sum of nats over the step's valid tokens on all ranks, divided by their
+number, so neither the ranks nor the accumulation nor padding weigh a token differently.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from pretrain.config import TrainConfig
+from pretrain.data.loader import Batch
+from pretrain.engine.deepspeed import Engine
+from pretrain.engine.world import World
+from pretrain.loop.micro_batches import labels_of, micro_batches, row_checksum
+from pretrain.loop.signals import StopSignals
+from pretrain.loop.state import TrainState
+from pretrain.model.cost import model_flops_per_token
+from pretrain.model.depth import Depth, step_depths
+from pretrain.model.loss import IGNORED
+from pretrain.optim.schedule import learning_rate
+
+
+@dataclass(slots=True)
+class Session:
+    """What one life of a run holds."""
+
+    config: TrainConfig
+    world: World
+    engine: Engine
+    batches: Iterator[Batch]
+    state: TrainState
+    stop: StopSignals
+    fingerprint: str
+
+
+class StepRecord(NamedTuple):
+    """One finished step."""
+
+    step: int
+    tokens: int
+    metrics: dict[str, float]
+    """Reduced over ranks; keys like loss/nats."""
+    should_stop: bool
+    """A rank has been told to save and leave."""
+
+
+def training_steps(session: Session) -> Iterator[StepRecord]:
+    """Steps until the run's end or a stop signal; every rank sees the same records."""
+    while session.state.step < session.config.total_steps:
+        record = _step(session)
+        yield record
+        if record.should_stop:
+            return
+
+
+def _step(session: Session) -> StepRecord:
+    config, world, state = session.config, session.world, session.state
+    started = time.monotonic()
+    batch = next(session.batches)
+    waited_s = time.monotonic() - started
+    depths = step_depths(
+        config.depth, seed=config.run.seed, first_row=state.rows, rows=config.rows_per_step
+    )
+    own = depths[batch.first_row - state.rows :][: len(batch.tokens_BS)]
+    num_labels = int((labels_of(batch, config.model.documents) != IGNORED).sum())
+    (all_labels,) = world.sum([num_labels])
+    nats = _forward_and_backward(session, batch, own, scale=1 / max(all_labels, 1.0))
+    rate = learning_rate(
+        config.optimizer,
+        config.schedule,
+        tokens=state.tokens + config.batch.global_tokens,
+        total_tokens=config.total_tokens,
+    )
+    result = session.engine.step(rate)
+    step_s = time.monotonic() - started
+    sums = world.sum(
+        [nats, row_checksum(batch), waited_s, float(session.stop.received is not None)]
+    )
+    _advance(state, config, is_applied=result.is_applied, step_s=step_s)
+    metrics = {
+        "loss/nats": sums[0] / max(all_labels, 1.0),
+        "gradient/norm": result.grad_norm,
+        "optimizer/learning_rate": rate,
+        "optimizer/skipped_updates": state.skipped_updates,
+        "data/checksum": sums[1],
+        "data/valid_tokens": all_labels,
+        "data/wait_s": sums[2] / world.size,
+        **_depth_metrics(depths),
+        **_speed_metrics(config, world, depths, step_s),
+    }
+    return StepRecord(state.step, state.tokens, metrics, should_stop=sums[3] > 0)
+
+
+def _forward_and_backward(
+    session: Session, batch: Batch, depths: list[Depth], *, scale: float
+) -> float:
+    """Gradients of scale * nats over this rank's rows; returns the nats."""
+    config, engine = session.config, session.engine
+    nats = torch.zeros((), dtype=torch.float64, device=session.world.device)
+    for micro in micro_batches(
+        batch,
+        depths,
+        model=config.model,
+        micro_rows=config.batch.micro_rows,
+        seed=config.run.seed,
+        device=session.world.device,
+        dtype=engine.dtype,
+    ):
+        output = engine(
+            micro.tokens_BT,
+            micro.depths,
+            initial_state=micro.initial_state_BTD,
+            labels=micro.labels_BT,
+            documents=micro.documents_BT,
+            keep_logits=False,
+        )
+        engine.backward(output.nats, scale=scale)
+        nats += output.nats.detach().double()
+    return float(nats)
+
+
+def _advance(state: TrainState, config: TrainConfig, *, is_applied: bool, step_s: float) -> None:
+    state.step += 1
+    state.rows += config.rows_per_step
+    state.tokens += config.batch.global_tokens
+    state.trained_s += step_s
+    state.skipped_updates += not is_applied
+    state.skipped_in_a_row = 0 if is_applied else state.skipped_in_a_row + 1
+
+
+def _depth_metrics(depths: list[Depth]) -> dict[str, float]:
+    totals = [depth.total for depth in depths]
+    return {
+        "depth/mean": sum(totals) / len(totals),
+        "depth/min": min(totals),
+        "depth/max": max(totals),
+    }
+
+
+def _speed_metrics(
+    config: TrainConfig, world: World, depths: list[Depth], step_s: float
+) -> dict[str, float]:
+    tokens_per_s = config.batch.global_tokens / step_s
+    flops_per_token = sum(model_flops_per_token(config.model, depth) for depth in depths) / len(
+        depths
+    )
+    metrics = {
+        "speed/step_s": step_s,
+        "speed/tokens_per_s": tokens_per_s,
+        "speed/model_flops_per_s_per_rank": tokens_per_s * flops_per_token / world.size,
+    }
+    if world.device.type == "cuda":
+        metrics["memory/peak_bytes"] = torch.cuda.max_memory_allocated(world.device)
+    return metrics

@@ -1,0 +1,120 @@
+"""Every shipped configuration composes; a mistake is named before anything starts."""
+
+from pathlib import Path
+
+import pytest
+
+from pretrain.compose import check_resumable, differences, freeze, load, thaw, write_frozen
+from pretrain.config import TrainConfig
+from pretrain.errors import CheckpointError, ConfigError
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+GROUPS = sorted(
+    path.parent.name + "=" + path.stem
+    for path in CONF.glob("*/*.yaml")
+    if path.parent.name != "user"
+)
+# what an option cannot know by itself
+NEEDS = {"data=files": ["data.root=texts"]}
+
+
+@pytest.mark.parametrize("option", GROUPS)
+def test_every_shipped_option_composes(option: str) -> None:
+    config = load("train", [option, *NEEDS.get(option, [])])
+    assert isinstance(config, TrainConfig)
+
+
+def test_huginn_has_every_published_value() -> None:
+    config = load("train", ["experiment=huginn-3.5b"])
+    model, depth, optimizer = config.model, config.depth, config.optimizer
+    assert (model.width, model.heads, model.head_width, model.inner) == (5280, 55, 96, 17920)
+    assert (model.prelude_layers, model.core_layers, model.coda_layers) == (2, 4, 2)
+    assert (model.vocabulary_size, model.context) == (65536, 4096)
+    assert (model.rope_base, model.norm_epsilon) == (50_000, 1e-6)
+    assert (depth.mean, depth.backprop, depth.sigma) == (32, 8, 0.5)
+    assert config.rows_per_step == 4096
+    assert config.total_steps == 238_419  # 4e12 tokens, rounded up to whole steps
+    assert (optimizer.name, optimizer.learning_rate, optimizer.weight_decay) == (
+        "ellis-adam", 4e-5, 4e-5,
+    )  # fmt: skip
+    assert (optimizer.beta1, optimizer.beta2, optimizer.gradient_clip) == (0.9, 0.95, 1.0)
+    assert config.schedule.warmup_tokens == config.schedule.cooldown_tokens == 4096 * 16_777_216
+    shares = {name: source.weight for name, source in config.data.sources.items()}
+    assert sum(shares.values()) == pytest.approx(99.99)
+    assert shares["generic-text"] == 28.71
+    assert len(shares) == 11
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.typo=1", "model.typo"),
+        ("+model.typo=1", "typo"),
+        ("+typo=1", "typo"),
+        ("hydra.typo=1", "hydra.typo"),
+        ("+hydra.run.typo=1", "hydra.run.typo"),
+        ("batch.micro_row=3", "Did you mean micro_rows"),
+        ("data.sources.code.wieght=3", "wieght"),
+        ("optimizer.epsilon=1e-8", "epsilon"),
+        ("batch.global_tokens=many", "batch.global_tokens: Value 'many'"),
+        ("run.steps=[1]", "run.steps"),
+        ("model=huge", "huginn-3.5b"),
+        ("engine.precision=fp8", "bf16, fp32"),
+        ("batch.global_tokens=8191", "Nearest: 7936 (31 rows) or 8192 (32 rows)"),
+        ("run.tokens=5", "give one of the two"),
+        ("model.heads=3", "head width"),
+        ("depth.lanes=3", "32 rows"),
+        ("engine.zero_stage=4", "1, 2 or 3"),
+        ("data=files", "data.root=FOLDER"),
+        ("validation.depths=[0]", "depths of 1 or more"),
+        ("generate.seed=1", "generate"),
+    ],
+)
+def test_mistakes_are_refused_by_name(override: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=".*") as caught:
+        load("train", [override])
+    assert said in str(caught.value)
+
+
+def test_indivisible_batch_names_the_nearest() -> None:
+    config = load("train", [])
+    with pytest.raises(ConfigError, match=r"3 ranks x batch.micro_rows=16 x model.context=256"):
+        config.batch.micro_steps(context=256, ranks=3)
+    assert config.batch.micro_steps(context=256, ranks=2) == 1
+
+
+@pytest.mark.parametrize("primary", ["evaluate", "generate"])
+def test_commands_on_a_run_need_its_folder(primary: str) -> None:
+    with pytest.raises(ConfigError, match=r"run\.dir"):
+        load(primary, [])
+
+
+def test_frozen_configuration_is_the_same_one(tmp_path: Path) -> None:
+    config = load("train", ["optimizer=adamw", "depth.scope=step", f"run.dir={tmp_path}"])
+    write_frozen(config, tmp_path)
+    assert thaw(tmp_path) == config
+    assert "${" not in freeze(config)
+
+
+def test_a_run_folder_remembers_its_configuration(tmp_path: Path) -> None:
+    folder = f"run.dir={tmp_path}"
+    write_frozen(load("train", ["model.width=64", "run.steps=7", folder]), tmp_path)
+    again = load("train", [folder, "run.steps=9"])
+    assert (again.model.width, again.run.steps) == (64, 9)
+    with pytest.raises(ConfigError, match="typo"):
+        load("train", [folder, "model.typo=1"])
+
+
+def test_another_model_in_the_folder_is_refused(tmp_path: Path) -> None:
+    folder = f"run.dir={tmp_path}"
+    old = load("train", ["model.width=64", folder])
+    write_frozen(old, tmp_path)
+    new = load("train", ["model=tiny", folder])
+    assert differences(old, new) == {"model.width": (64, new.model.width)}
+    with pytest.raises(ConfigError, match=r"model\.width: 64 in the run folder"):
+        check_resumable(thaw(tmp_path), new)
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no config\.yaml"):
+        thaw(tmp_path)
