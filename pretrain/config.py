@@ -29,6 +29,15 @@ class ClusterConfig:
     """Memory of one GPU."""
     gpu_flops: float
     """Sustained matrix throughput of one GPU in FLOP/s at the run's precision."""
+    utilization: float
+    """Share of gpu_flops that a training step reaches, recomputation counted as work."""
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "gpus_per_node", "gpu_memory_bytes", "gpu_flops"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"cluster.{name}={getattr(self, name)} must be at least 1.")
+        if not 0 < self.utilization <= 1:
+            raise ConfigError(f"cluster.utilization={self.utilization} must be in (0, 1].")
 
     @property
     def ranks(self) -> int:

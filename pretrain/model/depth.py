@@ -91,8 +91,8 @@ def split(total: int, backprop: int) -> Depth:
 
 def core_work(totals: NDArray[np.int64], backprop: int) -> NDArray[np.int64]:
     """Work of each depth in forward passes of the core: n + 4 k."""
-    with_grad = np.minimum(totals, backprop)
-    return totals - with_grad + WITH_GRAD_COST * with_grad
+    work: NDArray[np.int64] = totals + (WITH_GRAD_COST - 1) * np.minimum(totals, backprop)
+    return work
 
 
 def step_depths(config: DepthConfig, *, seed: int, first_row: int, rows: int) -> list[Depth]:
@@ -167,7 +167,8 @@ def _deal(
         hands = np.take_along_axis(hands, shuffle, axis=1)
         loads = loads[hands].sum(axis=1)
         members = members[hands].reshape(groups, -1)
-    return ascending[members[0]]
+    dealt: NDArray[np.int64] = ascending[members[0]]
+    return dealt
 
 
 def _group_counts(lanes: int) -> list[int]:

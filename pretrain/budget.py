@@ -1,0 +1,175 @@
+"""What a run will cost: FLOPs, speed, hours, and how long ranks wait for each other. Torch-free.
+
+Counts are exact; the speed rests on cluster.gpu_flops and cluster.utilization, the wait on a
+simulation of the run's own deal of depths.
+"""
+
+import dataclasses
+
+from pretrain.config import TrainConfig
+from pretrain.engine.memory import GIB, Memory, rank_memory
+from pretrain.model import balance
+from pretrain.model.config import DepthConfig, Law, Sampling, Scope
+from pretrain.model.cost import TokenFlops, mean_iterations
+from pretrain.model.depth import num_lanes
+
+# Contexts and workspaces of libraries, and fragmentation: 7 of an H200's 140 GiB.
+RESERVED_SHARE = 0.05
+# The wait is simulated for about this long per scope and sampling.
+SIMULATION_S = 0.05
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Price:
+    """One way to share depths, and how long ranks wait under it."""
+
+    depth: DepthConfig
+    """The scope, sampling and deal."""
+    once: balance.Wait
+    """Ranks meet once a step: ZeRO-1."""
+    often: balance.Wait
+    """Ranks meet at every micro-step: ZeRO-2 and 3."""
+    step_variation: float
+    """Coefficient of variation of whole steps' core work."""
+    steps: int
+    """Steps simulated."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """The numbers that a run is decided by."""
+
+    config: TrainConfig
+    micro_steps: int
+    """Backward passes of one rank in a step."""
+    flops: TokenFlops
+    """Forward FLOPs of one token."""
+    iterations: tuple[float, float]
+    """Mean iterations without and with gradient."""
+    price: Price
+    """The wait as configured."""
+    alternatives: list[Price]
+    """The wait under every scope and sampling, the configured one among them."""
+
+    @property
+    def model_flops(self) -> float:
+        """Training FLOPs per token of the mathematics, averaged over the law of depths."""
+        return self.flops.model(*self.iterations)
+
+    @property
+    def executed_flops(self) -> float:
+        """Training FLOPs per token that run."""
+        is_recomputed = self.config.engine.checkpoint_activations
+        return self.flops.executed(*self.iterations, is_recomputed=is_recomputed)
+
+    @property
+    def memory(self) -> Memory:
+        """Bytes on one GPU as configured."""
+        config = self.config
+        return rank_memory(
+            config.model,
+            config.engine,
+            backprop=config.depth.backprop,
+            ranks=config.cluster.ranks,
+            micro_rows=config.batch.micro_rows,
+        )
+
+    @property
+    def wait(self) -> float:
+        """Time of a step over what it would be if nobody waited."""
+        price = self.price.once if self.config.engine.zero_stage == 1 else self.price.often
+        core_share = 1 - 3 * self.flops.once / self.executed_flops
+        return 1 + core_share * (price.slowest - 1)
+
+    @property
+    def tokens_per_s_per_gpu(self) -> float:
+        """Expected at cluster.gpu_flops x cluster.utilization, less the wait."""
+        cluster = self.config.cluster
+        return cluster.gpu_flops * cluster.utilization / self.executed_flops / self.wait
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Expected of the whole cluster; what the loaders must deliver."""
+        return self.tokens_per_s_per_gpu * self.config.cluster.ranks
+
+    @property
+    def hours(self) -> float:
+        """Expected for the whole run."""
+        return self.config.total_tokens / self.tokens_per_s / 3600
+
+
+def make_plan(config: TrainConfig) -> Plan:
+    """Work out a plan. Raises ConfigError where the batch or the lanes do not divide."""
+    cluster = config.cluster
+    micro_steps = config.batch.micro_steps(context=config.model.context, ranks=cluster.ranks)
+    alternatives = []
+    if cluster.ranks > 1 and config.depth.law is not Law.fixed:
+        is_block = config.depth.scope is Scope.block
+        block_rows = config.depth.block_rows if is_block else max(config.batch.micro_rows, 2)
+        alternatives = [
+            price(config, depth)
+            for depth in balance.alternatives(
+                config.depth, rows=config.rows_per_step, block_rows=block_rows
+            )
+        ]
+    configured = next((p for p in alternatives if p.depth == config.depth), None)
+    return Plan(
+        config=config,
+        micro_steps=micro_steps,
+        flops=TokenFlops.of(config.model),
+        iterations=mean_iterations(config.depth),
+        price=configured or price(config, config.depth),
+        alternatives=alternatives,
+    )
+
+
+def price(config: TrainConfig, depth: DepthConfig) -> Price:
+    """Simulate how long the ranks of a run would wait if it shared depths in this way."""
+    rows = config.rows_per_step
+    steps = balance.affordable_steps(rows, seconds=SIMULATION_S)
+    simulation = balance.simulate(depth, seed=config.run.seed, rows=rows, steps=steps)
+    once, often = (
+        simulation.wait(
+            balance.Layout(
+                ranks=config.cluster.ranks, micro_rows=config.batch.micro_rows, zero_stage=stage
+            )
+        )
+        for stage in (1, 2)
+    )
+    variation = simulation.step_variation
+    return Price(depth=depth, once=once, often=often, step_variation=variation, steps=steps)
+
+
+def advice(plan: Plan) -> list[str]:
+    """What to change, where the plan shows that something would be better."""
+    config, found = plan.config, []
+    needed, usable = plan.memory.total, usable_bytes(config)
+    if needed > usable:
+        found.append(
+            f"Does not fit: {needed / GIB:.1f} GiB of {usable / GIB:.1f} GiB usable. Take a "
+            "smaller batch.micro_rows, engine.checkpoint_activations=true, or a higher "
+            "engine.zero_stage."
+        )
+    depth, rows, ranks = config.depth, config.rows_per_step, config.cluster.ranks
+    is_dealt = depth.scope is not Scope.step and depth.sampling is Sampling.stratified
+    if plan.alternatives and is_dealt and num_lanes(depth, rows) % ranks:
+        found.append(_lanes_advice(plan, rows=rows, ranks=ranks))
+    return found
+
+
+def _lanes_advice(plan: Plan, *, rows: int, ranks: int) -> str:
+    config = plan.config
+    lanes = num_lanes(config.depth, rows)
+    start = f"{ranks} ranks do not divide depth.lanes={lanes}, so ranks get unequal work"
+    if rows // config.depth.block_rows == ranks:
+        return f"{start}; with one draw a rank, depth.scope=step is the way not to wait."
+    better = price(config, dataclasses.replace(config.depth, lanes=ranks))
+    return (
+        f"{start}; depth.lanes={ranks} would wait {better.once.slowest:.3f} "
+        f"instead of {plan.price.once.slowest:.3f} where ranks meet once."
+    )
+
+
+def usable_bytes(config: TrainConfig) -> float:
+    """Memory of one GPU less what libraries and fragmentation take."""
+    return config.cluster.gpu_memory_bytes * (1 - RESERVED_SHARE)

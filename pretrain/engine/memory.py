@@ -1,0 +1,77 @@
+"""Memory of one rank under each ZeRO stage, before anything is allocated. Torch-free.
+
+Weights, gradients, masters and moments are exact. Buckets are the buffers that DeepSpeed 0.19
+allocates, activations what the plain PyTorch path keeps; both are estimates. Contexts and
+workspaces of libraries, and fragmentation, are not in the sum.
+"""
+
+from dataclasses import dataclass
+
+from pretrain.engine.config import EngineConfig, Precision
+from pretrain.model.config import ModelConfig
+from pretrain.model.cost import count_parameters, head_bytes, row_activation_bytes
+
+GIB = 2**30
+_FP32_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Bytes on one rank."""
+
+    weights: int
+    """Weights in the precision that they multiply in."""
+    gradients: int
+    """Gradients summed over micro-steps, float32."""
+    masters: int
+    """Float32 weights that the optimizer steps."""
+    moments: int
+    """Mean of gradients and of their squares, float32."""
+    buffers: int
+    """Buckets of gradients on their way, and weights gathered for the moment (stage 3)."""
+    activations: int
+    """What the backward pass needs of one micro-step, and a chunk of logits."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        states = self.weights + self.gradients + self.masters + self.moments
+        return states + self.buffers + self.activations
+
+
+def element_bytes(precision: Precision) -> int:
+    """Bytes of a weight or activation."""
+    return 2 if precision is Precision.bf16 else 4
+
+
+def rank_memory(
+    model: ModelConfig, engine: EngineConfig, *, backprop: int, ranks: int, micro_rows: int
+) -> Memory:
+    """Bytes on the fullest of `ranks` ranks with `micro_rows` rows at the greatest depth."""
+    counts = count_parameters(model)
+    parameters = sum(counts.values())
+    share = -(-parameters // ranks)
+    element = element_bytes(engine.precision)
+    # reduced in float32; stages 2 and 3 first collect them in the precision of the weights
+    bucket = _FP32_BYTES + (element if engine.zero_stage > 1 else 0)
+    bucket *= min(engine.bucket_elements, parameters)
+    buffers = bucket * (2 if engine.overlap_comm else 1)
+    if engine.zero_stage == 3:
+        # the whole core is gathered at once, and its gradients leave together
+        buffers += 2 * element * (counts["core"] + counts["adapter"])
+    row = row_activation_bytes(
+        model, backprop, element_bytes=element, is_checkpointed=engine.checkpoint_activations
+    )
+    return Memory(
+        weights=element * (share if engine.zero_stage == 3 else parameters),
+        gradients=_FP32_BYTES * (parameters if engine.zero_stage == 1 else share),
+        masters=_FP32_BYTES * share,
+        moments=2 * _FP32_BYTES * share,
+        buffers=buffers,
+        activations=micro_rows * row + head_bytes(model, rows=micro_rows, element_bytes=element),
+    )
+
+
+def checkpoint_bytes(model: ModelConfig) -> int:
+    """Bytes of one checkpoint: float32 weights and two moments."""
+    return 3 * _FP32_BYTES * sum(count_parameters(model).values())

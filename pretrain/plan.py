@@ -1,0 +1,204 @@
+"""`pretrain plan`: what a run costs, before any GPU is asked for. Torch-free.
+
+Counts are exact; memory of activations, speed and wait are estimates and are printed as such.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from pretrain.budget import RESERVED_SHARE, Plan, advice, make_plan, usable_bytes
+from pretrain.config import TrainConfig
+from pretrain.engine.config import EngineConfig
+from pretrain.engine.memory import GIB, Memory, checkpoint_bytes, rank_memory
+from pretrain.model.balance import Wait
+from pretrain.model.cost import count_parameters
+from pretrain.model.depth import DepthLaw
+
+MICRO_ROWS = (1, 2, 4)
+DEADLINES_DAYS = (1, 7, 30, 90)
+_STORED_TOKEN_BYTES = 2
+
+
+def main(config: TrainConfig) -> None:
+    """Print the plan of a run. Raises ConfigError where the batch does not divide."""
+    plan = make_plan(config)
+    # a terminal has its own width; elsewhere tables must not be cut
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=110)
+    console.print(_model_table(plan))
+    console.print(_run_table(plan))
+    console.print(_memory_table(plan))
+    console.print(_speed_table(plan))
+    if plan.alternatives:
+        console.print(_wait_table(plan))
+    for line in advice(plan):
+        console.print(line)
+
+
+def _model_table(plan: Plan) -> Table:
+    counts = count_parameters(plan.config.model)
+    total = sum(counts.values())
+    table = _table(f"Model {plan.config.model.name}", "part", "parameters", "share")
+    for part, count in counts.items():
+        table.add_row(part, f"{count:,}", f"{count / total:.1%}")
+    table.add_section()
+    table.add_row("total", f"{total:,}", "")
+    return table
+
+
+def _run_table(plan: Plan) -> Table:
+    config, flops = plan.config, plan.flops
+    law = DepthLaw.of(config.depth)
+    low, middle, high = law.quantile(np.array([0.01, 0.5, 0.99])).tolist()
+    rows, ranks, nodes = config.rows_per_step, config.cluster.ranks, config.cluster.nodes
+    table = _table("Run", "what", "value")
+    for name, value in (
+        ("model GFLOP per token", f"{plan.model_flops / 1e9:,.4g} (no recomputation)"),
+        (
+            "  at n no-grad, k grad",
+            f"{3 * flops.once / 1e9:.4g} + {flops.iteration / 1e9:.5g} (n + 3 k)",
+        ),
+        ("executed GFLOP per token", f"{plan.executed_flops / 1e9:,.4g}"),
+        ("depth", f"mean {law.mean:.2f}; 1 % {low}, median {middle}, 99 % {high}"),
+        ("iterations", "{:.2f} without, {:.2f} with gradient".format(*plan.iterations)),
+        (
+            "tokens per step",
+            f"{config.batch.global_tokens:,} = {rows:,} rows of {config.model.context:,}",
+        ),
+        ("ranks", f"{ranks:,} on {nodes} hosts; {rows // ranks} rows each"),
+        ("micro-steps per step", f"{plan.micro_steps}, batch.micro_rows {config.batch.micro_rows}"),
+        ("steps", f"{config.total_steps:,}"),
+        ("tokens", f"{config.total_tokens:,}"),
+    ):
+        table.add_row(name, value)
+    return table
+
+
+def _memory_table(plan: Plan) -> Table:
+    config = plan.config
+    usable = usable_bytes(config)
+    micro_rows = sorted({*MICRO_ROWS, config.batch.micro_rows})
+    table = _table(
+        f"Memory of one rank in GiB, {config.engine.precision.value}. Usable: {usable / GIB:.1f} "
+        f"({RESERVED_SHARE:.0%} is left to libraries). Last: totals by batch.micro_rows, with "
+        "activations, an estimate.",
+        "ZeRO",
+        "recompute",
+        "weights",
+        "gradients",
+        "optimizer",
+        "buffers",
+        *(f"x {rows}" for rows in micro_rows),
+    )
+    for stage in (1, 2, 3):
+        for is_checkpointed in (False, True):
+            engine = dataclasses.replace(
+                config.engine, zero_stage=stage, checkpoint_activations=is_checkpointed
+            )
+            memories = [_memory(plan, engine, rows) for rows in micro_rows]
+            first = memories[0]
+            states = (first.weights, first.gradients, first.masters + first.moments, first.buffers)
+            table.add_row(
+                f"{stage}{_mark(engine == config.engine)}",
+                "yes" if is_checkpointed else "no",
+                *(f"{size / GIB:.2f}" for size in states),
+                *(_fit(memory.total, usable) for memory in memories),
+            )
+    return table
+
+
+def _memory(plan: Plan, engine: EngineConfig, micro_rows: int) -> Memory:
+    config = plan.config
+    return rank_memory(
+        config.model,
+        engine,
+        backprop=config.depth.backprop,
+        ranks=config.cluster.ranks,
+        micro_rows=micro_rows,
+    )
+
+
+def _fit(needed: int, usable: float) -> str:
+    return f"{needed / GIB:.2f} {'fits' if needed <= usable else '[red]over[/red]'}"
+
+
+def _speed_table(plan: Plan) -> Table:
+    config, cluster = plan.config, plan.config.cluster
+    saved = checkpoint_bytes(config.model)
+    days = plan.hours / 24
+    table = _table("Expected speed", "what", "value")
+    for name, value in (
+        (
+            "one rank",
+            f"{cluster.gpu_flops / 1e12:,.4g} TFLOP/s x {cluster.utilization:.0%} = "
+            f"{plan.tokens_per_s_per_gpu:,.0f} tokens/s, wait of {plan.wait:.3f} included",
+        ),
+        ("all ranks", f"{plan.tokens_per_s:,.0f} tokens/s"),
+        ("one step", f"{config.batch.global_tokens / plan.tokens_per_s:,.2f} s"),
+        ("whole run", f"{plan.hours:,.1f} hours = {days:,.1f} days"),
+        ("rank hours", f"{plan.hours * cluster.ranks:,.0f}"),
+        (
+            "loaders of a host",
+            f"{plan.tokens_per_s / cluster.nodes:,.0f} tokens/s = "
+            f"{plan.tokens_per_s / cluster.nodes * _STORED_TOKEN_BYTES / 1e6:,.3g} MB/s of shards",
+        ),
+        (
+            "checkpoint",
+            f"{saved / GIB:,.2f} GiB; {config.checkpoint.keep_last} kept and one in the making: "
+            f"{saved * (config.checkpoint.keep_last + 1) / GIB:,.1f} GiB",
+        ),
+    ):
+        table.add_row(name, value)
+    for deadline in DEADLINES_DAYS:
+        if plan.hours * cluster.ranks < 24 * deadline:
+            continue
+        needed = config.total_tokens / (deadline * 86400)
+        gpus = math.ceil(needed / plan.tokens_per_s_per_gpu)
+        table.add_row(f"to end in {deadline} d", f"{needed:,.0f} tokens/s needed: {gpus:,} ranks")
+    return table
+
+
+def _wait_table(plan: Plan) -> Table:
+    config = plan.config
+    steps = plan.alternatives[0].steps
+    table = _table(
+        f"Wait: work of the slowest rank over the mean, core only; {steps} steps simulated. "
+        f"Under ZeRO 2, 3 ranks meet at every micro-step (micro_rows {config.batch.micro_rows}).",
+        "one depth per",
+        "sampling",
+        "ZeRO 1",
+        "ZeRO 2, 3",
+        "steps differ by",
+    )
+    for price in plan.alternatives:
+        shared = price.depth.block_rows
+        table.add_row(
+            f"{price.depth.scope.value}{f' of {shared} rows' if shared > 1 else ''}"
+            f"{_mark(price.depth == config.depth)}",
+            price.depth.sampling.value,
+            _wait(price.once),
+            _wait(price.often),
+            f"{price.step_variation:.2%}",
+        )
+    return table
+
+
+def _wait(wait: Wait) -> str:
+    return f"{wait.slowest:.3f} +- {wait.error:.3f}"
+
+
+def _mark(is_configured: bool) -> str:
+    return " *" if is_configured else ""
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        is_text = column in ("part", "what", "value", "ZeRO", "one depth per", "sampling")
+        table.add_column(column, justify="left" if is_text else "right")
+    return table
