@@ -1,0 +1,93 @@
+"""The process that speaks to W&B, so that nothing in that library can touch training.
+
+Run by `wandb_sink`, never imported by it. Standard input has one JSON object a line: first
+{"settings", "config", "mode"}, then records, at last {"finish": exit code}; the input's end
+without `finish` means that training was killed. Each line on standard output is a JSON object
+{"level", "message"} that the sink logs.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+from typing import Any, Literal, TextIO
+
+import wandb
+
+# W&B adds about ten seconds of its own: a lost network is known in the first half minute.
+_INIT_TIMEOUT_S = 15.0
+
+
+def main() -> None:
+    """Starts a run, logs what arrives, finishes it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        # Signals for the job are for training; this process ends with its input.
+        signal.signal(number, signal.SIG_IGN)
+    # What W&B prints belongs in the log beside its files, which is standard error.
+    reports = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    run = _start_run(json.loads(sys.stdin.readline()), reports)
+    run.define_metric("*", step_metric="tokens")
+    exit_code = 1
+    for line in sys.stdin:
+        message = json.loads(line)
+        if "finish" in message:
+            exit_code = message["finish"]
+            break
+        run.log(message)
+    run.finish(exit_code=exit_code)
+
+
+def _start_run(start: dict[str, Any], reports: TextIO) -> wandb.Run:
+    """An online run if asked for and possible, else an offline one."""
+    if start["mode"] == "online":
+        try:
+            run = _init(start, "online")
+        except Exception as error:
+            _report(
+                reports,
+                logging.WARNING,
+                f"W&B cannot be reached ({error}); this life is recorded offline.",
+            )
+        else:
+            _report(reports, logging.INFO, f"W&B run: {run.url}")
+            return run
+        # Its service keeps the id of the run that failed to start.
+        wandb.teardown()
+    run = _init(start, "offline")
+    _report(reports, logging.INFO, f"W&B offline run: {run.settings.sync_dir}")
+    return run
+
+
+def _init(start: dict[str, Any], mode: Literal["online", "offline"]) -> wandb.Run:
+    settings = wandb.Settings(
+        console="off",
+        silent=True,
+        disable_code=True,
+        save_code=False,
+        disable_git=True,
+        disable_job_creation=True,
+        x_disable_meta=True,
+        x_disable_stats=True,
+        x_disable_machine_info=True,
+        x_save_requirements=False,
+        init_timeout=_INIT_TIMEOUT_S,
+        finish_timeout=start["finish_timeout_s"],
+    )
+    # Offline there is nothing to resume; the id alone joins the lives when they are uploaded.
+    return wandb.init(
+        mode=mode,
+        config=start["config"],
+        resume="allow" if mode == "online" else None,
+        settings=settings,
+        **start["run"],
+    )
+
+
+def _report(reports: TextIO, level: int, message: str) -> None:
+    print(json.dumps({"level": level, "message": " ".join(message.split())}), file=reports)
+
+
+if __name__ == "__main__":
+    main()

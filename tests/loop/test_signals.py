@@ -1,0 +1,57 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pretrain.loop.signals import StopSignals
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_only_sets_the_flag(number):
+    with StopSignals() as stop:
+        assert stop.received is None
+        os.kill(os.getpid(), number)
+        assert stop.received is number
+
+
+def test_the_first_signal_names_the_reason():
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received is signal.SIGUSR1
+
+
+def test_handlers_are_restored():
+    numbers = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    with StopSignals():
+        os.kill(os.getpid(), signal.SIGINT)
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+PROGRAM = """
+import time
+from pretrain.loop.signals import StopSignals
+with StopSignals() as stop:
+    print("ready", flush=True)
+    while stop.received is None:
+        time.sleep(0.01)
+    print(stop.received.name, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_interrupt_ends_the_process_at_once():
+    with subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == b"SIGINT\n"
+        started = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == -signal.SIGINT
+        # Far below the 60 s that the program would sleep.
+        assert time.monotonic() - started < 20

@@ -1,0 +1,232 @@
+import json
+import logging
+import os
+import signal
+import socket
+import struct
+import threading
+import time
+
+import pytest
+from wandb.proto import wandb_internal_pb2
+
+from pretrain.loop import wandb_sink
+from pretrain.loop.config import LoggingConfig, WandbMode
+from pretrain.loop.wandb_sink import WandbSink, choose_mode, stored_run_id
+
+SECRET = "a" * 40
+# Copying a record takes microseconds; a call that waited for anything would take far longer.
+QUICK_S = 0.5
+BLOCK = 32768
+
+
+@pytest.fixture(autouse=True)
+def no_account(monkeypatch, tmp_path):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+def start(run_dir, mode=WandbMode.offline, **options):
+    config = LoggingConfig(wandb=mode, project="shelf", tags=["red"])
+    return WandbSink(config, run_dir, {"run": {"seed": 7}}, run_name="first", **options)
+
+
+def record(step):
+    return {"step": step, "tokens": step * 100, "loss/nats": 8.0 / step}
+
+
+def wandb_records(run_dir):
+    """Records of the run's only .wandb file: framed as a LevelDB log, each a protobuf Record."""
+    (path,) = run_dir.glob("wandb/*run-*/*.wandb")
+    content = path.read_bytes()
+    assert content[:4] == b":W&B"
+    place, parts = 7, b""
+    while place + 7 <= len(content):
+        room = BLOCK - place % BLOCK
+        _, length, kind = struct.unpack_from("<IHB", content, place)
+        if room < 7 or kind == 0:
+            place += room
+            continue
+        parts += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):
+            message = wandb_internal_pb2.Record()
+            message.ParseFromString(parts)
+            parts = b""
+            yield message
+
+
+def values(items):
+    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def test_an_offline_run_holds_every_record_and_the_configuration_and_no_secret(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    monkeypatch.setenv("A_SECRET_OF_MINE", "swordfish")
+    sink = start(tmp_path)
+    for step in range(1, 401):
+        sink.write(record(step))
+    sink.write(
+        {
+            "step": 400,
+            "tokens": 40_000,
+            "validation/depths": [1, 8],
+            "validation/loss_nats": [3.0, 2.0],
+        }
+    )
+    sink.close()
+    messages = list(wandb_records(tmp_path))
+    history = [values(m.history.item) for m in messages if m.HasField("history")]
+    assert [row["step"] for row in history] == [*range(1, 401), 400]
+    assert [row["loss/nats"] for row in history[:400]] == [8.0 / step for step in range(1, 401)]
+    assert history[-1]["validation/loss_nats_depth_8"] == 2.0
+    (run,) = [m.run for m in messages if m.HasField("run")]
+    assert (run.project, run.display_name, list(run.tags)) == ("shelf", "first", ["red"])
+    assert run.run_id == stored_run_id(tmp_path, "first")
+    assert values(run.config.update)["run"] == {"seed": 7}
+    assert [m.metric.step_metric for m in messages if m.HasField("metric")] == ["tokens"]
+    assert [m.exit.exit_code for m in messages if m.HasField("exit")] == [0]
+    assert not any(m.HasField("environment") for m in messages)
+    kept = b"".join(path.read_bytes() for path in tmp_path.rglob("*.wandb"))
+    for private in (SECRET, "swordfish", str(tmp_path)):
+        assert private.encode() not in kept
+
+
+def test_both_lives_of_a_run_folder_share_one_id_even_after_it_moved(tmp_path):
+    (tmp_path / "old/wandb").mkdir(parents=True)
+    first = stored_run_id(tmp_path / "old", "first")
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert stored_run_id(tmp_path / "new", "first") == first
+    (tmp_path / "old/wandb").mkdir(parents=True)
+    assert stored_run_id(tmp_path / "old", "second") != first
+
+
+def test_disabled_starts_nothing(tmp_path):
+    sink = start(tmp_path, WandbMode.disabled)
+    sink.write(record(1))
+    sink.close()
+    assert not sink.is_active
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_auto_is_online_only_with_a_key(tmp_path, monkeypatch, caplog):
+    auto = LoggingConfig(wandb=WandbMode.auto)
+    assert choose_mode(auto) == "offline"
+    (tmp_path / "netrc").write_text("machine my.server login user password secret\n")
+    assert choose_mode(auto) == "offline"
+    monkeypatch.setenv("WANDB_BASE_URL", "http://my.server:8080")
+    assert choose_mode(auto) == "online"
+    (tmp_path / "netrc").write_text("nonsense\n")
+    assert choose_mode(auto) == "offline"
+    assert "netrc file cannot be read" in caplog.text
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    assert choose_mode(auto) == "online"
+    assert choose_mode(LoggingConfig(wandb=WandbMode.offline)) == "offline"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert choose_mode(auto) == "disabled"
+
+
+def warnings(caplog):
+    return [entry.message for entry in caplog.records if entry.levelno >= logging.WARNING]
+
+
+def write_quickly(sink, steps):
+    slowest = 0.0
+    for step in steps:
+        started = time.monotonic()
+        sink.write(record(step))
+        slowest = max(slowest, time.monotonic() - started)
+    assert slowest < QUICK_S
+
+
+def test_a_killed_process_costs_one_warning(tmp_path, caplog):
+    sink = start(tmp_path)
+    write_quickly(sink, range(1, 10))
+    os.kill(sink.process_id, signal.SIGKILL)
+    time.sleep(0.2)
+    write_quickly(sink, range(10, 2000))
+    sink.close()
+    assert not sink.is_active
+    (warning,) = warnings(caplog)
+    assert "W&B is disabled" in warning
+    assert "-9" in warning
+
+
+def test_a_process_that_hangs_is_disabled_when_the_queue_is_full(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(wandb_sink, "_MAX_WAITING", 100)
+    sink = start(tmp_path)
+    os.kill(sink.process_id, signal.SIGSTOP)
+    write_quickly(sink, range(1, 5000))
+    assert not sink.is_active
+    (warning,) = warnings(caplog)
+    assert "100 records wait" in warning
+
+
+def test_a_process_that_hangs_is_disabled_after_a_while(tmp_path, caplog, monkeypatch):
+    sink = start(tmp_path)
+    os.kill(sink.process_id, signal.SIGSTOP)
+    write_quickly(sink, range(1, 3000))
+    assert sink.is_active
+    monkeypatch.setattr(wandb_sink, "_STALL_S", 0.05)
+    time.sleep(0.1)
+    write_quickly(sink, [3000])
+    (warning,) = warnings(caplog)
+    assert "taken nothing" in warning
+
+
+def test_a_process_that_hangs_at_the_end_delays_the_end_by_its_bound(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(wandb_sink, "_GRACE_S", 0.5)
+    sink = start(tmp_path, finish_s=0.5)
+    os.kill(sink.process_id, signal.SIGSTOP)
+    started = time.monotonic()
+    sink.close()
+    # finish_s and the grace are one second; the rest is for a slow machine.
+    assert 1.0 <= time.monotonic() - started < 10
+    (warning,) = warnings(caplog)
+    assert "did not finish in 0.5 s" in warning
+
+
+def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path, caplog):
+    (tmp_path / "wandb").write_text("in the way")
+    sink = start(tmp_path)
+    write_quickly(sink, range(1, 10))
+    sink.close()
+    (warning,) = warnings(caplog)
+    assert "could not be started" in warning
+
+
+def test_a_record_that_json_cannot_spell_disables_the_sink_alone(tmp_path, caplog):
+    sink = start(tmp_path)
+    sink.write({"step": 1, "object": object()})
+    sink.close()
+    assert "W&B is disabled" in warnings(caplog)[0]
+
+
+@pytest.mark.slow  # W&B itself gives up only after about 26 s.
+def test_a_server_that_never_answers_turns_the_run_offline(tmp_path, caplog, monkeypatch):
+    server = socket.create_server(("127.0.0.1", 0))
+    connections = []
+
+    def accept():
+        while True:
+            try:
+                connections.append(server.accept())
+            except OSError:
+                return
+
+    threading.Thread(target=accept, daemon=True).start()
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+    with caplog.at_level(logging.INFO):
+        sink = start(tmp_path, WandbMode.auto, finish_s=60)
+        write_quickly(sink, range(1, 10))
+        sink.close()
+    server.close()
+    assert connections
+    (warning,) = warnings(caplog)
+    assert "cannot be reached" in warning
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert b"loss/nats" in path.read_bytes()
