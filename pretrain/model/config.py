@@ -5,6 +5,9 @@ from enum import Enum
 
 from pretrain.errors import ConfigError
 
+# The loss holds the logits of so many tokens at once: 1 GiB in float32 at a vocabulary of 65,536.
+CHUNK_TOKENS = 4096
+
 
 class DocumentMask(Enum):
     """Whether a token may attend to earlier documents packed into its row."""

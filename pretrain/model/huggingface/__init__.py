@@ -1,1 +1,1 @@
-"""The published format: weights in and out."""
+"""The published format: folders that Hugging Face transformers reads."""

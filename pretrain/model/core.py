@@ -1,0 +1,158 @@
+"""The recurrence: one module that owns the whole loop, with its own depth for every row.
+
+Rows are sorted by depth, deepest first, and aligned at the *end*: the deepest rows start alone and
+others join as a growing prefix of the batch. Every row gets exactly its own iterations, every
+active set is a contiguous slice, and the work is the sum of depths.
+"""
+
+# B rows  T tokens  D width  A active rows, a prefix of the sorted batch
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pretrain.errors import ConfigError
+from pretrain.model.block import SandwichBlock
+from pretrain.model.cache import KeyValueCache
+from pretrain.model.config import ModelConfig
+from pretrain.model.depth import Depth
+from pretrain.model.init import unset
+from pretrain.model.layout import Layout
+
+
+class CoreIteration(nn.Module):
+    """One iteration: s <- layers(adapter [s ; e]), the state first."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.adapter = unset(config.width, 2 * config.width)
+        self.layers = nn.ModuleList(SandwichBlock(config) for _ in range(config.core_layers))
+
+    def forward(
+        self,
+        state_ATD: Tensor,
+        embedded_ATD: Tensor,
+        layout: Layout,
+        cache: KeyValueCache | None = None,
+        iteration: int = 0,
+    ) -> Tensor:
+        """The next state of the active rows; `iteration` counts from 0 and names cache slots."""
+        x_ATD = F.linear(torch.cat((state_ATD, embedded_ATD), dim=-1), self.adapter)
+        for index, layer in enumerate(self.layers):
+            slot = None if cache is None else cache.slot("core", index, iteration)
+            x_ATD = layer(x_ATD, layout, slot)
+        return x_ATD
+
+
+class RecurrentCore(nn.Module):
+    """The loop over iterations: a prefix without gradient, a suffix with it (arXiv 2502.05171).
+
+    One call runs everything, so that an engine which follows module calls (ZeRO-3) sees the same
+    call on every rank whatever the depths.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.iteration = CoreIteration(config)
+
+    def forward(
+        self,
+        embedded_BTD: Tensor,
+        state_BTD: Tensor,
+        *,
+        depths: Sequence[Depth],
+        layout: Layout,
+        keep: Sequence[int] = (),
+        checkpoint_activations: bool = False,
+        cache: KeyValueCache | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The state of each row after its own depth, and those after `keep` iterations.
+
+        `keep` (0 is the start) and `cache` need one depth for all rows, else ConfigError.
+        """
+        order = sorted(range(len(depths)), key=lambda row: -depths[row].total)
+        depths = [depths[row] for row in order]
+        if (keep or cache is not None) and depths[0].total != depths[-1].total:
+            raise ConfigError(
+                f"states by iteration and caches need one depth for all rows, not "
+                f"{depths[-1].total} to {depths[0].total}; run the rows by themselves."
+            )
+        if is_mixed := order != sorted(order):
+            index_B = torch.tensor(order, device=state_BTD.device)
+            embedded_BTD, state_BTD = embedded_BTD[index_B], state_BTD[index_B]
+            layout = layout.rows(index_B)
+        kept = {0: state_BTD}
+        loop = _Loop(self.iteration, embedded_BTD, state_BTD, layout, depths)
+        for iterations_left in range(depths[0].total, 0, -1):
+            done = depths[0].total - iterations_left
+            loop.advance(iterations_left, done, checkpoint_activations, cache)
+            if done + 1 in keep:
+                kept[done + 1] = loop.state_ATD
+        state_BTD = loop.cut(iterations_left=0)
+        if is_mixed:
+            state_BTD = state_BTD[torch.argsort(index_B)]
+        return state_BTD, tuple(kept[iterations] for iterations in keep)
+
+
+class _Loop:
+    """The rows of one call, sorted deepest first, on their way through the iterations."""
+
+    def __init__(
+        self,
+        iteration: CoreIteration,
+        embedded_BTD: Tensor,
+        start_BTD: Tensor,
+        layout: Layout,
+        depths: Sequence[Depth],
+    ) -> None:
+        self.iteration = iteration
+        self.embedded_BTD = embedded_BTD
+        self.start_BTD = start_BTD
+        self.layout = layout
+        self.depths = depths
+        self.gradient_iterations = max(depth.with_grad for depth in depths)
+        self.active = 0
+        self.active_layout = layout
+        self.state_ATD = start_BTD[:0]
+
+    def advance(
+        self, iterations_left: int, done: int, is_checkpointed: bool, cache: KeyValueCache | None
+    ) -> None:
+        """Let rows join whose depth is `iterations_left`, then iterate all active rows once."""
+        has_grad = torch.is_grad_enabled() and iterations_left <= self.gradient_iterations
+        with torch.set_grad_enabled(has_grad):
+            self.state_ATD = self.cut(iterations_left)
+            self._join(iterations_left)
+            arguments = (self.state_ATD, self.embedded_BTD[: self.active], self.active_layout)
+            if has_grad and is_checkpointed:
+                self.state_ATD = checkpoint(
+                    self.iteration, *arguments, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                self.state_ATD = self.iteration(*arguments, cache, done)
+
+    def cut(self, iterations_left: int) -> Tensor:
+        """The active state, without history for the rows whose gradient starts here.
+
+        Nothing to do where the longest suffix starts (nothing before it has a gradient), nor for
+        rows that start with their suffix; so min(backprop, depth) never costs a copy.
+        """
+        is_cut = [
+            depth.with_grad == iterations_left < min(depth.total, self.gradient_iterations)
+            for depth in self.depths[: self.active]
+        ]
+        if not any(is_cut):
+            return self.state_ATD
+        is_cut_A11 = torch.tensor(is_cut, device=self.state_ATD.device)[:, None, None]
+        return torch.where(is_cut_A11, self.state_ATD.detach(), self.state_ATD)
+
+    def _join(self, iterations_left: int) -> None:
+        active = sum(depth.total >= iterations_left for depth in self.depths)
+        if active > self.active:
+            joining = self.start_BTD[self.active : active]
+            self.state_ATD = torch.cat((self.state_ATD, joining)) if self.active else joining
+            self.active = active
+            self.active_layout = self.layout.rows(slice(active))

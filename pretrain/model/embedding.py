@@ -1,0 +1,44 @@
+"""The tied embedding: the first and the last thing the model does."""
+
+# B rows  T tokens  D width  V vocabulary
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain.model.config import ModelConfig
+from pretrain.model.init import unset
+from pretrain.model.loss import linear_cross_entropy
+
+
+class TiedEmbedding(nn.Module):
+    """One matrix E for both ends: sqrt(D) E[tokens] on the way in, h E^T on the way out.
+
+    Both ends go through `forward`, because an engine that shards weights (ZeRO-3) gathers them
+    only around a module's call.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.scale = math.sqrt(config.width)
+        self.weight = unset(config.vocabulary_size, config.width)
+
+    def forward(
+        self,
+        tokens_BT: Tensor | None,
+        hidden_BTD: Tensor | None = None,
+        labels_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Vectors of tokens [B, T, D]; of hidden vectors, the logits [B, T, V] in float32, or,
+        with labels, the nats [B, T] (logits are then never held all at once).
+        """
+        if tokens_BT is not None:
+            return F.embedding(tokens_BT, self.weight) * self.scale
+        assert hidden_BTD is not None
+        if labels_BT is None:
+            logits_BTV = F.linear(hidden_BTD, self.weight)
+            return logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
+        nats_N = linear_cross_entropy(hidden_BTD.flatten(0, 1), self.weight, labels_BT.flatten())
+        return nats_N.view_as(labels_BT)

@@ -1,0 +1,25 @@
+"""Root-mean-square normalisation."""
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.model.init import unset
+
+
+class RMSNorm(nn.Module):
+    """x / RMS(x), cast back to x's dtype, times a learned gain (arXiv 1910.07467).
+
+    The statistics are float32 whatever the dtype of x (float64 for float64).
+    """
+
+    def __init__(self, width: int, epsilon: float) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.gain = unset(width)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """[B, T, D] in x's dtype, if the gain has it too."""
+        wide_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
+        mean_square_BT1 = wide_BTD.square().mean(-1, keepdim=True)
+        normed_BTD = wide_BTD * torch.rsqrt(mean_square_BT1 + self.epsilon)
+        return normed_BTD.to(x_BTD.dtype) * self.gain

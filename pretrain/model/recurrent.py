@@ -1,0 +1,252 @@
+"""The recurrent-depth transformer (Huginn, arXiv 2502.05171).
+
+e      = prelude(sqrt(D) E[tokens])
+s_t    = core(adapter [s_(t-1) ; e])        t = 1..r, s_0 given
+logits = norm(coda(norm(s_r))) E^T          one norm, one E
+"""
+
+# B rows  T tokens  D width  V vocabulary  N chosen depths
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.errors import ConfigError
+from pretrain.model.block import SandwichBlock
+from pretrain.model.cache import KeyValueCache
+from pretrain.model.config import DocumentMask, ModelConfig
+from pretrain.model.core import RecurrentCore
+from pretrain.model.depth import Depth
+from pretrain.model.embedding import TiedEmbedding
+from pretrain.model.layout import Layout, Mask, split_documents
+from pretrain.model.loss import cross_entropy, weighted_sum
+from pretrain.model.norm import RMSNorm
+
+__all__ = ["Output", "RecurrentCore", "RecurrentModel"]
+
+
+class Output(NamedTuple):
+    """What one forward pass gives; None where it was not asked for.
+
+    A tuple, because engines look for tensors in tuples only.
+    """
+
+    logits: Tensor | None = None
+    """Float32 [B, T, V]."""
+    loss: Tensor | None = None
+    """Mean nats over the labels that count, by weight; NaN if none counts."""
+    nats: Tensor | None = None
+    """Sum of weight x nats over the labels that count: float32 scalar, differentiable."""
+    num_labels: Tensor | None = None
+    """Sum of weights over the labels that count: float32 scalar."""
+    states: tuple[Tensor, ...] | None = None
+    """s_0 .. s_r, [B, T, D] each."""
+    state: Tensor | None = None
+    """s_r of every row, after its own depth r, before any norm: [B, T, D]."""
+    latent: Tensor | None = None
+    """norm(s_r) [B, T, D]."""
+    hidden: Tensor | None = None
+    """What the head sees, norm(coda(norm(s_r))): [B, T, D]."""
+    nats_by_depth: Tensor | None = None
+    """Sum of weight x nats of each row at each chosen depth: float32 [N, B]."""
+    labels_by_row: Tensor | None = None
+    """Sum of weights of each row: float32 [B]."""
+
+
+class RecurrentModel(nn.Module):
+    """Prelude, recurrent core, coda. Weights are NaN until initialised or loaded."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        # Compute each iteration again in the backward pass instead of keeping it.
+        self.checkpoint_activations = False
+        self.embedding = TiedEmbedding(config)
+        self.prelude = nn.ModuleList(SandwichBlock(config) for _ in range(config.prelude_layers))
+        self.core = RecurrentCore(config)
+        self.coda = nn.ModuleList(SandwichBlock(config) for _ in range(config.coda_layers))
+        self.final_norm = RMSNorm(config.width, config.norm_epsilon)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        depths: Sequence[Depth],
+        *,
+        initial_state: Tensor,
+        labels: Tensor | None = None,
+        weights: Tensor | None = None,
+        documents: Tensor | None = None,
+        prefixes: Tensor | None = None,
+        keep_logits: bool = True,
+        return_states: bool = False,
+        evaluate_depths: Sequence[int] | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Output:
+        """Run every row to its own depth.
+
+        tokens [B, T] int; initial_state s_0 [B, T, D]; labels [B, T] aligned with tokens (the
+        next token), -100 does not count; weights [B, T] of labels, default 1; documents [B, T],
+        the index of each token's document in its row, -1 on padding, needed if the model isolates
+        documents; prefixes [B], leading tokens that all tokens of the row see. With
+        evaluate_depths (labels needed) only `nats_by_depth` and `labels_by_row` are returned. A
+        cache continues earlier calls. Raises ConfigError if arguments do not fit together.
+        """
+        _check(tokens, depths, initial_state, labels, evaluate_depths)
+        layout = self._layout(tokens, documents, prefixes, cache)
+        embedded_BTD = self.embedding(tokens)
+        embedded_BTD = _run(self.prelude, embedded_BTD, layout, cache, "prelude")
+        keep = sorted(set(evaluate_depths or ()))
+        if return_states:
+            keep = list(range(depths[0].total + 1))
+        state_BTD, kept = self.core(
+            embedded_BTD,
+            initial_state.to(embedded_BTD.dtype),
+            depths=depths,
+            layout=layout,
+            keep=keep,
+            checkpoint_activations=self.checkpoint_activations,
+            cache=cache,
+        )
+        if evaluate_depths is not None:
+            assert labels is not None
+            states = dict(zip(keep, kept, strict=True))
+            return self._evaluate([states[r] for r in evaluate_depths], layout, labels, weights)
+        latent_BTD, hidden_BTD = self._decode(state_BTD, layout, cache)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
+        output = Output(state=state_BTD, latent=latent_BTD, hidden=hidden_BTD)
+        if return_states:
+            output = output._replace(states=kept)
+        return self._head(output, labels, weights, keep_logits)
+
+    @torch.no_grad()
+    def losses_at(
+        self,
+        tokens: Tensor,
+        depths: Sequence[int],
+        *,
+        initial_state: Tensor,
+        labels: Tensor,
+        weights: Tensor | None = None,
+        documents: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Sum of nats of each row at each depth [N, B], and its number of labels [B].
+
+        One pass to the largest depth, no gradient.
+        """
+        if not depths:
+            raise ConfigError("depths=[] asks for no loss; name at least one depth.")
+        output = self(
+            tokens,
+            [Depth(max(depths), 0)] * tokens.shape[0],
+            initial_state=initial_state,
+            labels=labels,
+            weights=weights,
+            documents=documents,
+            evaluate_depths=depths,
+        )
+        return output.nats_by_depth, output.labels_by_row
+
+    def _layout(
+        self,
+        tokens_BT: Tensor,
+        documents_BT: Tensor | None,
+        prefixes_B: Tensor | None,
+        cache: KeyValueCache | None,
+    ) -> Layout:
+        first = 0 if cache is None else cache.length
+        positions_T = torch.arange(first, first + tokens_BT.shape[1], device=tokens_BT.device)
+        positions_BT, segments_BT = positions_T.expand_as(tokens_BT), None
+        # With a cache, a row is one document that is being continued.
+        if self.config.documents is DocumentMask.isolated and cache is None:
+            if documents_BT is None:
+                raise ConfigError(
+                    "model.documents=isolated needs the document of each token; pass documents."
+                )
+            segments_BT, positions_BT = split_documents(documents_BT)
+        return Layout.at(
+            positions_BT,
+            Mask(segments_BT, prefixes_B),
+            head_width=self.config.head_width,
+            base=self.config.rope_base,
+        )
+
+    def _decode(
+        self, state_BTD: Tensor, layout: Layout, cache: KeyValueCache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        latent_BTD = self.final_norm(state_BTD)
+        coda_BTD = _run(self.coda, latent_BTD, layout, cache, "coda")
+        return latent_BTD, self.final_norm(coda_BTD)
+
+    def _head(
+        self,
+        output: Output,
+        labels_BT: Tensor | None,
+        weights_BT: Tensor | None,
+        keep_logits: bool,
+    ) -> Output:
+        """The output with logits and losses, as far as they are asked for."""
+        if keep_logits:
+            output = output._replace(logits=self.embedding(None, output.hidden))
+        if labels_BT is None:
+            return output
+        if output.logits is not None:
+            flat_N = cross_entropy(output.logits.flatten(0, 1), labels_BT.flatten())
+            nats_BT = flat_N.view_as(labels_BT)
+        else:
+            nats_BT = self.embedding(None, output.hidden, labels_BT)
+        nats, num_labels = weighted_sum(nats_BT, labels_BT, weights_BT)
+        return output._replace(nats=nats, num_labels=num_labels, loss=nats / num_labels)
+
+    def _evaluate(
+        self,
+        states: Sequence[Tensor],
+        layout: Layout,
+        labels_BT: Tensor,
+        weights_BT: Tensor | None,
+    ) -> Output:
+        rows = []
+        for state_BTD in states:
+            _, hidden_BTD = self._decode(state_BTD, layout)
+            nats_BT = self.embedding(None, hidden_BTD, labels_BT)
+            nats_B, labels_B = weighted_sum(nats_BT, labels_BT, weights_BT, dim=1)
+            rows.append(nats_B)
+        return Output(nats_by_depth=torch.stack(rows), labels_by_row=labels_B)
+
+
+def _run(
+    layers: nn.ModuleList, x_BTD: Tensor, layout: Layout, cache: KeyValueCache | None, part: str
+) -> Tensor:
+    for index, layer in enumerate(layers):
+        x_BTD = layer(x_BTD, layout, None if cache is None else cache.slot(part, index))
+    return x_BTD
+
+
+def _check(
+    tokens_BT: Tensor,
+    depths: Sequence[Depth],
+    state_BTD: Tensor,
+    labels_BT: Tensor | None,
+    evaluate_depths: Sequence[int] | None,
+) -> None:
+    rows = tokens_BT.shape[0]
+    if len(depths) != rows or state_BTD.shape[:2] != tokens_BT.shape:
+        raise ConfigError(
+            f"{rows} rows of {tokens_BT.shape[1]} tokens came with {len(depths)} depths and an "
+            f"initial state of {tuple(state_BTD.shape[:2])}; give one of each for every row."
+        )
+    for row, depth in enumerate(depths):
+        if depth.total < 1 or min(depth) < 0:
+            raise ConfigError(f"row {row} has {depth}; its iterations must be at least 1.")
+    if evaluate_depths is None:
+        return
+    deepest = max(depth.total for depth in depths)
+    if labels_BT is None or not evaluate_depths:
+        raise ConfigError("evaluate_depths needs labels and at least one depth.")
+    if min(evaluate_depths) < 1 or max(evaluate_depths) > deepest:
+        raise ConfigError(
+            f"evaluate_depths={list(evaluate_depths)} must lie within 1 and {deepest}, "
+            "the depth that the rows are run to."
+        )

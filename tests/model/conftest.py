@@ -1,0 +1,68 @@
+"""Small models and the published model's golden numbers."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pretrain.model.config import DocumentMask, ModelConfig
+from pretrain.model.huggingface.weights import load_pretrained
+from pretrain.model.init import initialize
+from pretrain.model.recurrent import RecurrentModel
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+class Golden(NamedTuple):
+    """A published-format folder, its model, and what the published code computed with it."""
+
+    folder: Path
+    model: RecurrentModel
+    values: dict[str, Tensor]
+
+
+@pytest.fixture(params=["a_1_2_1_d96", "b_2_4_2_d48"])
+def golden(request: pytest.FixtureRequest) -> Golden:
+    folder = GOLDEN / request.param
+    return Golden(folder, load_pretrained(folder), load_file(folder / "fixture.safetensors"))
+
+
+MakeModel = Callable[..., RecurrentModel]
+
+
+@pytest.fixture
+def make_model() -> MakeModel:
+    """A small initialised model in float64, where 1e-10 separates a bug from rounding."""
+
+    def make(
+        *, documents: DocumentMask = DocumentMask.causal, dtype: torch.dtype = torch.float64
+    ) -> RecurrentModel:
+        config = ModelConfig(
+            name="small",
+            width=16,
+            heads=2,
+            inner=24,
+            prelude_layers=1,
+            core_layers=2,
+            coda_layers=1,
+            vocabulary_size=32,
+            context=16,
+            documents=documents,
+        )
+        model = RecurrentModel(config).to(dtype)
+        initialize(model, mean_depth=4, seed=5)
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            # At initialisation the branches are near zero and biases are zero: make them matter.
+            for name, parameter in model.named_parameters():
+                if name.endswith("qk_bias"):
+                    parameter.normal_(0.0, 0.5, generator=generator)
+                if name.endswith(("output", "down")):
+                    parameter.mul_(6.0)
+        return model
+
+    return make
