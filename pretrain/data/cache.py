@@ -1,0 +1,171 @@
+"""Copies of remote shards on this node: whole, verified, within a size.
+
+One process of the node downloads a shard, the others wait for it on a file lock, which the kernel
+releases if that process dies. A copy appears under its name only after its sha256 was right.
+"""
+
+import fcntl
+import hashlib
+import logging
+import os
+import random
+import shutil
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from errno import ENOSPC
+from pathlib import Path
+from typing import Any
+
+from pretrain.errors import DataError
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 5
+TIMEOUT_S = 60.0
+CHUNK_BYTES = 1 << 20
+
+
+def is_url(location: str) -> bool:
+    """Whether this is a URL, not a folder."""
+    return "://" in location
+
+
+def read_remote(url: str) -> bytes:
+    """A small remote file. Raises DataError if it cannot be read."""
+    return b"".join(_chunks(url))
+
+
+def _chunks(url: str) -> Iterator[bytes]:
+    """The content of a remote file. Raises OSError for what may pass, DataError for the rest."""
+    try:
+        with _open(url) as remote:
+            while chunk := remote.read(CHUNK_BYTES):
+                yield chunk
+    except FileNotFoundError as error:
+        raise DataError(f"{url} does not exist; check data.shards.") from error
+    except urllib.error.HTTPError as error:
+        # 408 and 429 ask for another try, 5xx are the server's trouble
+        if error.code in (408, 429) or error.code >= 500:
+            raise
+        raise DataError(
+            f"{url}: the server says {error.code} {error.reason}; check data.shards and whether "
+            "this node may read it."
+        ) from error
+
+
+@contextmanager
+def _open(url: str) -> Iterator[Any]:
+    if url.startswith(("http://", "https://")):
+        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
+            yield response
+        return
+    import fsspec
+
+    try:
+        opened = fsspec.open(url, "rb")
+    except (ValueError, ImportError) as error:
+        raise DataError(
+            f"{url} cannot be opened: {error}. For object stores install pretrain[remote]."
+        ) from error
+    with opened as remote:
+        yield remote
+
+
+class ShardCache:
+    """A folder of verified copies, the least recently used of which go first."""
+
+    def __init__(self, folder: Path, capacity_bytes: int, *, retry_wait_s: float = 1.0) -> None:
+        self._folder = folder
+        self._capacity_bytes = capacity_bytes
+        self._retry_wait_s = retry_wait_s
+        (folder / "locks").mkdir(parents=True, exist_ok=True)
+
+    def fetch(self, url: str, *, sha256: str, size: int) -> Path:
+        """Path of the local copy, downloaded if there is none.
+
+        Raises DataError if the remote file is missing, keeps failing, is not the expected one,
+        or does not fit.
+        """
+        key = hashlib.sha256(f"{url}\n{sha256}".encode()).hexdigest()
+        path = self._folder / f"{key}.tar"
+        # few locks shared by all shards, so that they need no clearing away
+        with self._locked(key[:2]):
+            if path.exists():
+                os.utime(path)
+                return path
+            self._make_room(size)
+            self._download(url, path, sha256=sha256, size=size)
+        return path
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        with open(self._folder / "locks" / name, "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _make_room(self, size: int) -> None:
+        if size > self._capacity_bytes:
+            raise DataError(
+                f"A shard has {size} bytes, data.cache_bytes={self._capacity_bytes} is smaller; "
+                "raise it to some hundred shards, or copy the shards to a folder."
+            )
+        with self._locked("room"):
+            copies = []
+            for path in self._folder.glob("*.tar"):
+                status = path.stat()
+                copies.append((status.st_mtime_ns, path, status.st_size))
+            excess = sum(copy[2] for copy in copies) + size - self._capacity_bytes
+            for _, path, freed in sorted(copies):
+                if excess <= 0:
+                    return
+                # a reader that has it open keeps it; one that comes back fetches it again
+                path.unlink(missing_ok=True)
+                excess -= freed
+
+    def _download(self, url: str, path: Path, *, sha256: str, size: int) -> None:
+        for attempt in range(1, ATTEMPTS + 1):
+            problem = self._try_download(url, path, sha256=sha256, size=size)
+            if problem is None:
+                return
+            log.warning("%s: %s (attempt %d of %d)", url, problem, attempt, ATTEMPTS)
+            if attempt < ATTEMPTS:
+                wait_s = self._retry_wait_s * 2 ** (attempt - 1)
+                time.sleep(wait_s * random.SystemRandom().uniform(0.5, 1.5))
+        raise DataError(
+            f"{url} could not be copied in {ATTEMPTS} attempts: {problem}. Check the network and "
+            "that the manifest belongs to these shards."
+        )
+
+    def _try_download(self, url: str, path: Path, *, sha256: str, size: int) -> str | None:
+        """What was wrong, or None if the copy is published."""
+        # named without a process id: under the lock there is one writer, and it starts anew
+        temporary = path.with_suffix(".part")
+        digest, received = hashlib.sha256(), 0
+        try:
+            with open(temporary, "wb") as output:
+                for chunk in _chunks(url):
+                    digest.update(chunk)
+                    received += len(chunk)
+                    output.write(chunk)
+                output.flush()
+                os.fsync(output.fileno())
+            if received != size or digest.hexdigest() != sha256:
+                return (
+                    f"received {received} bytes with sha256 {digest.hexdigest()[:16]}..., "
+                    f"the manifest says {size} with {sha256[:16]}..."
+                )
+            os.replace(temporary, path)
+            return None
+        except OSError as error:
+            if error.errno == ENOSPC:
+                free = shutil.disk_usage(self._folder).free
+                raise DataError(
+                    f"No space for {url} in data.cache={self._folder}: {size} bytes needed, {free} "
+                    "free; lower data.cache_bytes below what the disk has, or choose another disk."
+                ) from error
+            return f"{type(error).__name__}: {error}"
+        finally:
+            temporary.unlink(missing_ok=True)

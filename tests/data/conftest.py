@@ -1,0 +1,133 @@
+"""Small shards of known content, written by the real writer."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pretrain.data.config import Corpus, DataConfig, SourceConfig
+from pretrain.data.manifest import Manifest, SourceManifest, TokenizerManifest
+from pretrain.data.parts import PartFiles, PartRecord, commit
+from pretrain.data.special_ids import special_ids
+from pretrain.data.write import Packing, write_split
+
+# beyond 16 bits, so that every token of a test can be another one
+VOCABULARY_SIZE = 200_000
+
+
+def write_part(stem: Path, lengths: list[int], *, first_id: int, held_out: set[int]) -> PartFiles:
+    """A tokenized part: documents of these lengths whose tokens count up from first_id."""
+    special = special_ids(VOCABULARY_SIZE)
+    documents = []
+    for length in lengths:
+        body = list(range(first_id, first_id + length - 2))
+        first_id += length - 2
+        documents.append([special.begin_text, *body, special.end_text])
+    files = PartFiles(stem, "uint32")
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    tokens = np.array([token for ids in documents for token in ids], dtype=np.uint32)
+    files.tokens.write_bytes(tokens.tobytes())
+    table = [(length, i in held_out) for i, length in enumerate(lengths)]
+    np.save(files.documents, np.array(table, dtype=np.int64).reshape(-1, 2))
+    record = PartRecord(
+        tokens=len(tokens), documents=len(lengths), text_bytes=0, corpus_sha256="0" * 64
+    )
+    commit(files.record, record.to_bytes())
+    return files
+
+
+@pytest.fixture
+def write_parts() -> Callable[..., list[PartFiles]]:
+    """Writes parts with documents of the given lengths, every n-th of which is held out."""
+
+    def write(folder: Path, parts: list[list[int]], *, held_out_every: int) -> list[PartFiles]:
+        first_id, written = 0, []
+        for number, lengths in enumerate(parts):
+            held_out = set(range(0, len(lengths), held_out_every))
+            stem = folder / str(number)
+            written.append(write_part(stem, lengths, first_id=first_id, held_out=held_out))
+            first_id += sum(lengths)
+        return written
+
+    return write
+
+
+@pytest.fixture
+def make_shards(tmp_path: Path) -> Callable[..., DataConfig]:
+    """Writes shards of random documents below tmp_path; returns the configuration that reads them.
+
+    `sources` has the number of documents and the weight of each.
+    """
+
+    def make(sources: dict[str, tuple[int, float | None]], **settings: Any) -> DataConfig:
+        values: dict[str, Any] = {
+            "name": "test",
+            "corpus": Corpus.files,
+            "root": "unused",
+            "shards": str(tmp_path / "shards"),
+            "context": 31,
+            "rows_per_member": 4,
+            "members_per_shard": 3,
+            "pack_tokens": 2_000,
+            "loader_workers": 0,
+            "window_shards": 2,
+            "cache": str(tmp_path / "cache"),
+            "sources": {name: SourceConfig(weight=weight) for name, (_, weight) in sources.items()},
+        }
+        config = DataConfig(**(values | settings))
+        special = special_ids(VOCABULARY_SIZE)
+        packing = Packing(
+            row_tokens=config.context + 1,
+            pad=special.pad,
+            pack_tokens=config.pack_tokens,
+            rows_per_member=config.rows_per_member,
+            members_per_shard=config.members_per_shard,
+        )
+        random = np.random.default_rng(len(sources))
+        manifests, first_id = [], 0
+        for name, (num_documents, weight) in sources.items():
+            lengths = random.integers(3, 80, size=num_documents).tolist()
+            held_out = set(range(0, num_documents, 5))
+            part = write_part(
+                tmp_path / "parts" / name, lengths, first_id=first_id, held_out=held_out
+            )
+            first_id += sum(lengths)
+            splits = {
+                split: list(
+                    write_split(
+                        [part], packing, split=split, source=name, folder=Path(config.shards)
+                    )
+                )
+                for split in ("train", "valid")
+            }
+            manifests.append(
+                SourceManifest(
+                    name=name,
+                    licence="",
+                    provenance="",
+                    weight=weight,
+                    corpus_sha256="0" * 64,
+                    **splits,
+                )
+            )
+        assert first_id < special.begin_text
+        manifest = Manifest(
+            tool="test",
+            context=config.context,
+            dtype="uint32",
+            rows_per_member=config.rows_per_member,
+            tokenizer=TokenizerManifest(
+                sha256=hashlib.sha256(b"test").hexdigest(),
+                vocabulary_size=VOCABULARY_SIZE,
+                special=special._asdict(),
+            ),
+            settings={},
+            sources=manifests,
+        )
+        commit(Path(config.shards) / "manifest.json", manifest.to_bytes())
+        return config
+
+    return make
