@@ -35,6 +35,8 @@ class EngineConfig:
     """Recompute each iteration of the core in the backward pass instead of keeping it."""
     bucket_elements: int = 200_000_000
     """Elements of one gradient bucket."""
+    zero3_persistent_elements: int = 100_000
+    """Under ZeRO-3, tensors of at most this many elements stay whole on every rank."""
     overlap_comm: bool = False
     """Overlap gradient reduction with the backward pass (has been wrong in the past: off)."""
     deterministic: bool = False
@@ -45,6 +47,14 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.zero_stage not in (1, 2, 3):
             raise ConfigError(f"engine.zero_stage={self.zero_stage} must be 1, 2 or 3.")
+        for name in ("bucket_elements", "timeout_s"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"engine.{name}={getattr(self, name)} must be at least 1.")
+        if self.zero3_persistent_elements < 0:
+            raise ConfigError(
+                f"engine.zero3_persistent_elements={self.zero3_persistent_elements} must be 0 or "
+                "more."
+            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -63,3 +73,7 @@ class CheckpointConfig:
             raise ConfigError(f"checkpoint.every_steps={self.every_steps} must be at least 1.")
         if self.keep_last < 1:
             raise ConfigError(f"checkpoint.keep_last={self.keep_last} must be at least 1.")
+        if self.keep_every_steps < 0:
+            raise ConfigError(
+                f"checkpoint.keep_every_steps={self.keep_every_steps} must be 0 or more."
+            )

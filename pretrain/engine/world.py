@@ -1,0 +1,214 @@
+"""The processes of a run: who they are, what device each has, and how they agree.
+
+Ranks come from torchrun's variables (or any launcher that sets them), from an srun step, or, if
+there are neither, the process is alone.
+"""
+
+import datetime
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from pretrain.engine.config import Device, EngineConfig
+from pretrain.errors import ConfigError
+
+# Slurm numbers its own steps (batch, interactive, extern, pending) from here.
+FIRST_SPECIAL_STEP = 0xFFFF_FFF0
+# Ports chosen from a job id: above the well-known ones, below Linux's ephemeral range.
+FIRST_PORT, NUM_PORTS = 12_000, 20_000
+
+
+class Place(NamedTuple):
+    """Where a process stands, and where all meet."""
+
+    rank: int
+    size: int
+    local_rank: int
+    meeting: str
+    """torch's init_method: env:// for a launcher that set it up, tcp://host:port, or nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """The processes of a run, seen from one of them."""
+
+    rank: int
+    """Number of this process, from 0."""
+    size: int
+    """Processes of the run."""
+    local_rank: int
+    """Number of this process on its host."""
+    device: torch.device
+    """What this process computes on."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.sum([0.0])
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sums over ranks, in fp64."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return [float(value) for value in total.tolist()]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on at least one rank."""
+        return self.sum([float(flag)])[0] > 0
+
+    def agree(self, value: Any) -> bool:
+        """Whether every rank has an equal value."""
+        values = self.gather_objects(value)
+        return all(other == values[0] for other in values)
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's value."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's value, in order of rank, on every rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+
+def join(config: EngineConfig) -> World:
+    """Find this process's rank and device, and meet the others.
+
+    Sets LOCAL_RANK and DS_ACCELERATOR, which DeepSpeed reads. Raises ConfigError if the
+    launcher's variables are incomplete or the device asked for does not exist.
+    """
+    place = find_place(os.environ)
+    device = _choose_device(config.device, place.local_rank)
+    os.environ["LOCAL_RANK"] = str(device.index or 0 if device.type == "cuda" else place.local_rank)
+    os.environ["DS_ACCELERATOR"] = device.type
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        if config.deterministic:
+            _make_deterministic()
+    timeout = datetime.timedelta(seconds=config.timeout_s)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend,
+        init_method=place.meeting or None,
+        store=None if place.meeting else torch.distributed.HashStore(),
+        rank=place.rank,
+        world_size=place.size,
+        timeout=timeout,
+    )
+    return World(place.rank, place.size, place.local_rank, device)
+
+
+def leave(world: World) -> None:
+    """Leave the other processes; no collective may follow."""
+    logging.getLogger(__name__).debug("rank %d leaves", world.rank)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def exit_now(code: int) -> NoReturn:
+    """End the process at once, with everything written.
+
+    torch 2.13 with gloo aborts in interpreter shutdown now and then (15 of 100 runs measured), so
+    processes that have met others end here rather than by returning.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def find_place(environ: Mapping[str, str]) -> Place:
+    """This process's place, from a launcher's variables. Raises ConfigError if one is missing."""
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        return _place_from_torchrun(environ)
+    if _is_in_srun_step(environ):
+        return _place_from_slurm(environ)
+    return Place(rank=0, size=1, local_rank=0, meeting="")
+
+
+def _place_from_torchrun(environ: Mapping[str, str]) -> Place:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in environ]
+    if missing:
+        raise ConfigError(
+            f"The environment has {', '.join(n for n in names if n in environ)} but not "
+            f"{', '.join(missing)}; set all of {', '.join(names)} (torchrun does), or none."
+        )
+    rank, size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
+    if not 0 <= rank < size:
+        raise ConfigError(f"RANK={rank} is not below WORLD_SIZE={size}.")
+    return Place(rank, size, int(environ["LOCAL_RANK"]), "env://")
+
+
+def _is_in_srun_step(environ: Mapping[str, str]) -> bool:
+    """Whether srun started this process; a batch script or interactive shell is not a rank."""
+    step = environ.get("SLURM_STEP_ID", "")
+    return step.isdigit() and int(step) < FIRST_SPECIAL_STEP
+
+
+def _place_from_slurm(environ: Mapping[str, str]) -> Place:
+    try:
+        rank = int(environ["SLURM_PROCID"])
+        size = int(environ.get("SLURM_STEP_NUM_TASKS") or environ["SLURM_NTASKS"])
+        local_rank = int(environ["SLURM_LOCALID"])
+        job = int(environ["SLURM_JOB_ID"])
+        hosts = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]
+    except KeyError as error:
+        raise ConfigError(
+            f"This process is in Slurm step {environ['SLURM_STEP_ID']} but {error.args[0]} is not "
+            "set; start it with srun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and "
+            "MASTER_PORT."
+        ) from None
+    address = environ.get("MASTER_ADDR") or first_host(hosts)
+    port = int(environ.get("MASTER_PORT") or FIRST_PORT + job % NUM_PORTS)
+    return Place(rank, size, local_rank, f"tcp://{address}:{port}" if size > 1 else "")
+
+
+def first_host(hosts: str) -> str:
+    """First host of a Slurm host list such as `node[01-04],login`."""
+    if "[" not in hosts.split(",")[0]:
+        return hosts.split(",")[0]
+    try:
+        names = subprocess.run(
+            ["scontrol", "show", "hostnames", hosts], check=True, capture_output=True, text=True
+        ).stdout.split()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ConfigError(
+            f"Cannot expand the host list {hosts!r} with scontrol ({error}); set MASTER_ADDR."
+        ) from error
+    return names[0]
+
+
+def _choose_device(wanted: Device, local_rank: int) -> torch.device:
+    if wanted is Device.cpu or (wanted is Device.auto and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if visible == 0:
+        raise ConfigError("engine.device=cuda, but torch sees no GPU; use engine.device=cpu.")
+    # A launcher that binds one GPU to each task shows each task that GPU alone.
+    index = 0 if visible == 1 else local_rank
+    if index >= visible:
+        raise ConfigError(
+            f"Local rank {local_rank} has no GPU: {visible} are visible. Start at most {visible} "
+            "processes on this host."
+        )
+    return torch.device("cuda", index)
+
+
+def _make_deterministic() -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)

@@ -1,0 +1,186 @@
+"""What tests of several processes need: real ranks, and configurations small enough for them."""
+
+import contextlib
+import importlib.util
+import inspect
+import os
+import pickle
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from pretrain.config import ClusterConfig, TrainConfig
+from pretrain.data.config import Corpus, DataConfig, TokenizerConfig
+from pretrain.engine.config import CheckpointConfig, Device, EngineConfig, Precision
+from pretrain.engine.world import exit_now, join
+from pretrain.loop.config import (
+    BatchConfig,
+    LoggingConfig,
+    RunConfig,
+    ValidationConfig,
+    WandbMode,
+)
+from pretrain.model.config import DepthConfig, Law, ModelConfig
+from pretrain.optim.config import EllisAdamConfig, ScheduleConfig
+
+POLL_S = 0.02
+# After one rank has failed the others are given this long to fail of it themselves.
+GRACE_S = 2.0
+
+
+class RanksError(RuntimeError):
+    """Some processes of `run_ranks` raised, died, or did not end in time."""
+
+
+def run_ranks(
+    function: Callable[..., Any], ranks: int, *args: Any, timeout_s: float = 120.0
+) -> list[Any]:
+    """Run `function(world, *args)` in `ranks` real processes joined by gloo; results by rank.
+
+    `function` must stand at the top of its file; arguments and results must be picklable. Raises
+    RanksError with the traceback of every rank that failed. Only processes started here are
+    ever killed. A start costs some seconds (torch is imported), so put many cases into one.
+    """
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        processes: list[BaseProcess] = []
+        try:
+            _start(processes, function, ranks, args, Path(folder))
+            _wait(processes, timeout_s)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        outcomes = [_outcome(Path(folder), rank, p) for rank, p in enumerate(processes)]
+    failures = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(outcomes) if text]
+    if failures:
+        raise RanksError("\n".join(failures))
+    return [result for _, result in outcomes]
+
+
+def _start(
+    processes: list[BaseProcess],
+    function: Callable[..., Any],
+    ranks: int,
+    args: tuple[Any, ...],
+    folder: Path,
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = get_context("spawn")
+    source = Path(inspect.getfile(function)).resolve()
+    for rank in range(ranks):
+        place = {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
+        process = context.Process(
+            target=_child, args=(source, function.__name__, args, place, folder)
+        )
+        process.start()
+        processes.append(process)
+
+
+def _child(
+    source: Path, name: str, args: tuple[Any, ...], place: dict[str, str], folder: Path
+) -> None:
+    """One rank: write ("", result) or (traceback, None), then end without interpreter shutdown."""
+    os.environ.update(place)
+    outcome: tuple[str, Any] = ("", None)
+    try:
+        function = _load(source, name)
+        world = join(tiny_engine())
+        outcome = ("", function(world, *args))
+        # Nobody's process group may vanish while another still waits in a collective.
+        world.barrier()
+    except BaseException:
+        outcome = (traceback.format_exc(), None)
+    partial = folder / f"{place['RANK']}.partial"
+    partial.write_bytes(pickle.dumps(outcome))
+    partial.rename(folder / place["RANK"])
+    exit_now(1 if outcome[0] else 0)
+
+
+def _load(source: Path, name: str) -> Callable[..., Any]:
+    """A function by its file: test modules have no importable name in another process."""
+    spec = importlib.util.spec_from_file_location("ranks_" + source.stem, source)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    function: Callable[..., Any] = getattr(module, name)
+    return function
+
+
+def _wait(processes: list[BaseProcess], timeout_s: float) -> None:
+    """Wait until all have ended, one has failed and had its grace, or time is up."""
+    deadline = time.monotonic() + timeout_s
+    while any(p.is_alive() for p in processes) and time.monotonic() < deadline:
+        if any(p.exitcode not in (None, 0) for p in processes):
+            deadline = min(deadline, time.monotonic() + GRACE_S)
+        time.sleep(POLL_S)
+
+
+def _outcome(folder: Path, rank: int, process: BaseProcess) -> tuple[str, Any]:
+    with contextlib.suppress(FileNotFoundError):
+        outcome: tuple[str, Any] = pickle.loads((folder / str(rank)).read_bytes())
+        return outcome
+    code = process.exitcode
+    return (f"ended by signal {-code}" if code and code < 0 else f"ended with code {code}", None)
+
+
+def tiny_engine(**changes: Any) -> EngineConfig:
+    """A CPU engine; collectives give up after a minute."""
+    values: dict[str, Any] = {
+        "zero_stage": 1,
+        "precision": Precision.fp32,
+        "device": Device.cpu,
+        "bucket_elements": 5_000,
+        "zero3_persistent_elements": 0,
+        "timeout_s": 60,
+    }
+    return EngineConfig(**(values | changes))
+
+
+def tiny_config(**changes: Any) -> TrainConfig:
+    """A whole configuration of a model of some 20,000 parameters; `changes` replace sections."""
+    values: dict[str, Any] = {
+        "run": RunConfig(name="tiny", dir="unused", seed=0, steps=4, tokens=None),
+        "model": ModelConfig(
+            name="tiny",
+            width=24,
+            heads=2,
+            inner=32,
+            prelude_layers=1,
+            core_layers=2,
+            coda_layers=1,
+            vocabulary_size=61,
+            context=8,
+        ),
+        "depth": DepthConfig(law=Law.poisson_lognormal, mean=4, backprop=3),
+        "data": DataConfig(name="tiny", corpus=Corpus.embedded, shards="unused", context=8),
+        "tokenizer": TokenizerConfig(path="unused", vocabulary_size=61),
+        "batch": BatchConfig(global_tokens=16 * 8, micro_rows=2),
+        "optimizer": EllisAdamConfig(name="ellis-adam", learning_rate=0.01, weight_decay=0.01),
+        "schedule": ScheduleConfig(warmup_tokens=0, cooldown_tokens=0),
+        "engine": tiny_engine(),
+        "checkpoint": CheckpointConfig(every_steps=2),
+        "validation": ValidationConfig(every_steps=2, rows=4, depths=[1, 4]),
+        "logging": LoggingConfig(wandb=WandbMode.disabled),
+        "cluster": ClusterConfig(
+            nodes=1, gpus_per_node=1, gpu_memory_bytes=1 << 34, gpu_flops=1e12, utilization=0.5
+        ),
+    }
+    return TrainConfig(**(values | changes))
