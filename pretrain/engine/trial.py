@@ -1,4 +1,4 @@
-"""One real optimizer step of a small model through the configured engine: does this machine train?"""
+"""One real optimizer step of a small model through the configured engine."""
 
 import dataclasses
 

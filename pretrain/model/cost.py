@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pretrain.model.config import CHUNK_TOKENS, DepthConfig, ModelConfig
-from pretrain.model.depth import DepthLaw
+from pretrain.model.depth import Depth, DepthLaw
 
 # Statistics, attention's log-sum-exp, loss: kept in float32 whatever the weights are.
 _WIDE_BYTES = 4
@@ -117,3 +117,8 @@ def head_bytes(model: ModelConfig, *, rows: int, element_bytes: int) -> int:
     """Logits of one chunk at their peak: log-probabilities, their gradient, and its cast."""
     tokens = min(rows * model.context, CHUNK_TOKENS)
     return tokens * model.vocabulary_size * (2 * _WIDE_BYTES + element_bytes)
+
+
+def model_flops_per_token(model: ModelConfig, depth: Depth) -> float:
+    """Training FLOPs per token of a row with this depth, without recomputation."""
+    return TokenFlops.of(model).model(depth.no_grad, depth.with_grad)
