@@ -95,7 +95,9 @@ def test_a_run_over_several_sources_reads_each_exactly_once_per_epoch():
         total = sum(shard_rows)
         for epoch in range(int(mine.sum()) // total):
             of_epoch = mine & (found.epoch == epoch)
-            pairs = set(zip(found.shard[of_epoch].tolist(), found.row[of_epoch].tolist()))
+            pairs = set(
+                zip(found.shard[of_epoch].tolist(), found.row[of_epoch].tolist(), strict=True)
+            )
             assert len(pairs) == of_epoch.sum() == total
 
 

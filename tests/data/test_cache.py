@@ -1,0 +1,197 @@
+"""Remote shards are copied once, whole and verified, by a real HTTP server and real processes."""
+
+import hashlib
+import http.server
+import multiprocessing
+import os
+import threading
+import urllib.error
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from pretrain.data.cache import ATTEMPTS, ShardCache, read_remote
+from pretrain.data.config import Corpus, DataConfig
+from pretrain.data.loader import stream_batches
+from pretrain.errors import ConfigError, DataError
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder, counts requests, and fails as often as it is told to."""
+
+    def do_GET(self):
+        server = self.server
+        server.requested.append(self.path)
+        if server.failures:
+            failure = server.failures.pop(0)
+            if isinstance(failure, int):
+                self.send_error(failure)
+                return
+            # promise more than is sent, then hang up
+            content = Path(self.translate_path(self.path)).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[:100])
+            return
+        super().do_GET()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir(exist_ok=True)
+    handler = partial(Handler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.requested, server.failures = [], []
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def publish(tmp_path, name, size=5_000):
+    content = hashlib.sha256(name.encode()).digest() * (size // 32)
+    (tmp_path / "shards" / name).write_bytes(content)
+    return {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+
+
+def cache_in(tmp_path, capacity=1_000_000):
+    return ShardCache(tmp_path / "cache", capacity, retry_wait_s=0.01)
+
+
+def test_a_shard_is_copied_once_and_served_without_the_server(server, tmp_path):
+    expected = publish(tmp_path, "a.tar")
+    cache = cache_in(tmp_path)
+    path = cache.fetch(f"{server.url}/a.tar", **expected)
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == expected["sha256"]
+    assert cache.fetch(f"{server.url}/a.tar", **expected) == path
+    assert server.requested == ["/a.tar"]
+
+
+def test_the_same_url_with_another_content_is_another_copy(server, tmp_path):
+    cache = cache_in(tmp_path)
+    old = cache.fetch(f"{server.url}/a.tar", **publish(tmp_path, "a.tar"))
+    new_size = publish(tmp_path, "a.tar", size=6_400)
+    new = cache.fetch(f"{server.url}/a.tar", **new_size)
+    assert old != new
+    assert new.stat().st_size == new_size["size"]
+
+
+@pytest.mark.parametrize("failure", [503, 429, "cut off"])
+def test_what_may_pass_is_tried_again(server, tmp_path, failure):
+    expected = publish(tmp_path, "a.tar")
+    server.failures = [failure, failure]
+    path = cache_in(tmp_path).fetch(f"{server.url}/a.tar", **expected)
+    assert path.stat().st_size == expected["size"]
+    assert len(server.requested) == 3
+
+
+def test_a_missing_shard_is_not_tried_again(server, tmp_path):
+    with pytest.raises(DataError, match="the server says 404"):
+        cache_in(tmp_path).fetch(f"{server.url}/no.tar", sha256="0", size=1)
+    assert len(server.requested) == 1
+
+
+def test_a_wrong_content_is_never_published(server, tmp_path):
+    expected = publish(tmp_path, "a.tar")
+    wrong = "f" * 64
+    with pytest.raises(DataError, match=f"in {ATTEMPTS} attempts: received {expected['size']}"):
+        cache_in(tmp_path).fetch(f"{server.url}/a.tar", sha256=wrong, size=expected["size"])
+    assert [p for p in (tmp_path / "cache").iterdir() if p.name != "locks"] == []
+
+
+def test_the_least_recently_used_copy_makes_room(server, tmp_path):
+    cache = cache_in(tmp_path, capacity=11_000)
+    shards = {name: publish(tmp_path, name) for name in ("a.tar", "b.tar", "c.tar")}
+
+    def fetch(name):
+        return cache.fetch(f"{server.url}/{name}", **shards[name])
+
+    a, b = fetch("a.tar"), fetch("b.tar")
+    os.utime(a, (1, 1))
+    os.utime(b, (2, 2))
+    assert fetch("a.tar") == a
+    c = fetch("c.tar")
+    assert (a.exists(), b.exists(), c.exists()) == (True, False, True)
+
+
+def test_a_shard_larger_than_the_cache_is_refused(server, tmp_path):
+    expected = publish(tmp_path, "a.tar")
+    with pytest.raises(DataError, match=r"4992 bytes, data\.cache_bytes=100"):
+        cache_in(tmp_path, capacity=100).fetch(f"{server.url}/a.tar", **expected)
+
+
+def test_processes_of_a_node_download_once(server, tmp_path):
+    expected = publish(tmp_path, "a.tar", size=3_200_000)
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(4)
+    arguments = (tmp_path / "cache", f"{server.url}/a.tar", expected, barrier)
+    (tmp_path / "cache").mkdir()
+    processes = [context.Process(target=fetch_when_all_are_ready, args=arguments) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert server.requested == ["/a.tar"]
+
+
+def fetch_when_all_are_ready(folder, url, expected, barrier):
+    barrier.wait()
+    ShardCache(folder, 10_000_000).fetch(url, **expected)
+
+
+def test_a_run_reads_the_same_rows_through_the_cache(make_shards, server, tmp_path):
+    local = make_shards({"a": (60, 0.6), "b": (60, 0.4)})
+    remote = DataConfig(
+        name="test",
+        corpus=Corpus.files,
+        root="unused",
+        shards=server.url,
+        context=local.context,
+        window_shards=local.window_shards,
+        loader_workers=2,
+        sources=local.sources,
+        cache=str(tmp_path / "cache"),
+        # less than all shards: copies leave and come back
+        cache_bytes=60_000,
+    )
+
+    def rows(config):
+        stream = stream_batches(config, seed=3, first_row=5, rows_per_step=4, rank=0, ranks=1)
+        read = [batch.tokens_BS.tolist() for batch in islice(stream, 30)]
+        stream.close()
+        return read
+
+    assert rows(remote) == rows(local)
+    copies = list((tmp_path / "cache").glob("*.tar"))
+    assert 0 < sum(copy.stat().st_size for copy in copies) <= 60_000
+
+
+def test_other_urls_go_through_fsspec(tmp_path):
+    (tmp_path / "shards").mkdir()
+    expected = publish(tmp_path, "a.tar")
+    path = cache_in(tmp_path).fetch(f"file://{tmp_path}/shards/a.tar", **expected)
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == expected["sha256"]
+    with pytest.raises(DataError, match="does not exist"):
+        read_remote(f"file://{tmp_path}/shards/no.tar")
+    with pytest.raises(DataError, match="cannot be opened"):
+        read_remote("nosuchprotocol://bucket/a.tar")
+
+
+def test_commands_are_not_run_to_read_data():
+    with pytest.raises(ConfigError, match="commands are not run"):
+        DataConfig(name="x", corpus=Corpus.files, root="unused", shards="pipe:cat a.tar", context=8)
+
+
+def test_an_unreachable_server_is_an_os_error_that_may_pass():
+    with pytest.raises(urllib.error.URLError):
+        read_remote("http://127.0.0.1:9/manifest.json")
