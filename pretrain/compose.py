@@ -86,7 +86,7 @@ def as_dict(config: tree.TrainConfig) -> dict[str, Any]:
 
 
 def thaw(run_dir: Path) -> tree.TrainConfig:
-    """The configuration that the run in `run_dir` froze. Raises CheckpointError if there is none."""
+    """The configuration that the run in `run_dir` froze; CheckpointError if there is none."""
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise CheckpointError(
@@ -129,12 +129,10 @@ def check_resumable(old: tree.TrainConfig, new: tree.TrainConfig) -> None:
 def _compose(primary: str, overrides: Sequence[str]) -> DictConfig:
     register_schemas()
     source = config_source()
-    if source.startswith("pkg://"):
-        context = initialize_config_module(source.removeprefix("pkg://"), version_base="1.3")
-    else:
-        context = initialize_config_dir(source, version_base="1.3")
+    is_installed = source.startswith("pkg://")
+    initialize = initialize_config_module if is_installed else initialize_config_dir
     try:
-        with context:
+        with initialize(source.removeprefix("pkg://"), version_base="1.3"):
             return compose(primary, overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error) + _nearest_key(error, primary)) from error

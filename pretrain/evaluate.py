@@ -5,6 +5,7 @@ import json
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -35,20 +36,15 @@ def main(config: EvaluateConfig) -> None:
         world,
         depths=config.evaluate.depths,
         rows=config.evaluate.rows,
-        dtype=trained.dtype,
     )
     if world.rank == 0:
         _report(run_dir, trained.step, result)
     leave(world)
 
 
-def _report(run_dir: Path, step: int, result: dict) -> None:
-    table = Table(
-        "depth",
-        "loss (nats/token)",
-        "perplexity",
-        title=f"{run_dir.name} at step {step}: {result['validation/tokens']:,} held-out tokens",
-    )
+def _report(run_dir: Path, step: int, result: dict[str, Any]) -> None:
+    title = f"{run_dir.name} at step {step}: {result['validation/tokens']:,} held-out tokens"
+    table = Table("depth", "loss (nats/token)", "perplexity", title=title)
     depths, losses = result["validation/depths"], result["validation/loss_nats"]
     for depth, loss in zip(depths, losses, strict=True):
         table.add_row(str(depth), f"{loss:.4f}", f"{math.exp(loss):.2f}")
@@ -57,5 +53,5 @@ def _report(run_dir: Path, step: int, result: dict) -> None:
     folder.mkdir(exist_ok=True)
     path = folder / f"step-{step:010d}.json"
     path.write_text(json.dumps({"step": step, **result}, indent=1) + "\n", encoding="utf-8")
-    plot = plot_depth_curve(path.with_suffix(".png"), depths, losses, title=table.title)
+    plot = plot_depth_curve(path.with_suffix(".png"), depths, losses, title=title)
     print(f"written: {path}\nplot:    {plot}")

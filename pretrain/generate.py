@@ -24,20 +24,20 @@ def main(config: GenerateConfig) -> None:
             f"generate.prompt has {len(prompt)} tokens, which leaves no room in a context of "
             f"{trained.config.model.context}. Shorten the prompt."
         )
-    stop_ids = {tokenizer.special.end_text, tokenizer.special.end_turn}
     shown = ""
     ids: list[int] = []
-    for token in generate(
+    for (token,) in generate(
         trained.model,
-        prompt,
+        [prompt],
         num_steps=options.num_steps,
         max_new_tokens=min(options.max_new_tokens, room),
         temperature=options.temperature,
-        top_k=options.top_k,
+        top_k=options.top_k or None,
         top_p=options.top_p,
         seed=options.seed,
-        stop_ids=stop_ids,
+        stop_ids=[tokenizer.special.end_text, tokenizer.special.end_turn],
     ):
+        assert token is not None
         ids.append(token)
         text = options.prompt + tokenizer.decode(ids)
         # a character may need several tokens: hold back what is not whole yet

@@ -5,19 +5,20 @@ One process, torchrun and srun start the same program; ranks come from the envir
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pretrain.config import TrainConfig
-from pretrain.data.loader import open_manifest, stream_batches
+from pretrain.data.loader import check_tokenizer, open_manifest, stream_batches
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.engine.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
     prune_checkpoints,
     save_checkpoint,
-    sweep_temporaries,
 )
+from pretrain.engine.commit import sweep_temporaries
 from pretrain.engine.deepspeed import Engine
 from pretrain.engine.world import World, join, leave
 from pretrain.errors import (
@@ -103,12 +104,16 @@ def _life(
 def _open_session(config: TrainConfig, world: World, run_dir: Path, stop: StopSignals) -> Session:
     """Model, engine, data and counters, as the newest checkpoint left them."""
     manifest = open_manifest(config.data)
-    _check_tokenizer(config, manifest.tokenizer_sha256)
+    check_tokenizer(
+        manifest,
+        vocabulary_size=config.model.vocabulary_size,
+        tokenizer_sha256=Tokenizer.load(config.tokenizer.path).sha256,
+    )
     micro_steps = config.batch.micro_steps(context=config.model.context, ranks=world.size)
     on_rank_0(world, lambda: sweep_temporaries(run_dir))
     with torch.device(world.device):
         model = RecurrentModel(config.model)
-    newest = newest_checkpoint(run_dir)
+    newest = newest_checkpoint(run_dir, world)
     if newest is None:
         initialize(model, mean_depth=config.depth.mean, seed=config.run.seed)
     engine = Engine(model, config, world, micro_steps=micro_steps)
@@ -138,18 +143,7 @@ def _open_session(config: TrainConfig, world: World, run_dir: Path, stop: StopSi
     )
 
 
-def _check_tokenizer(config: TrainConfig, sha256_of_shards: str) -> None:
-    tokenizer = Tokenizer.load(config.tokenizer.path)
-    if tokenizer.sha256 != sha256_of_shards:
-        raise DataError(
-            f"The shards in {config.data.shards} were built with tokenizer "
-            f"{sha256_of_shards[:12]}, but {config.tokenizer.path} holds {tokenizer.sha256[:12]}. "
-            "Build the shards again with `pretrain data build`, or name their tokenizer by "
-            "tokenizer.path=..."
-        )
-
-
-def _check_same_data(saved: dict, fingerprint: str, shards: str) -> None:
+def _check_same_data(saved: dict[str, Any], fingerprint: str, shards: str) -> None:
     if saved["data_fingerprint"] != fingerprint:
         raise DataError(
             f"The run has trained on data {saved['data_fingerprint'][:12]}, but {shards} holds "
@@ -169,14 +163,14 @@ def _stop_if_diverged(state: TrainState) -> None:
 
 def _validate(session: Session, record: Record) -> None:
     config = session.config
-    result = validate(
-        session.engine,
-        config,
-        session.world,
-        depths=config.validation.depths,
-        rows=config.validation.rows,
-        dtype=session.engine.dtype,
-    )
+    with session.engine.evaluation() as model:
+        result = validate(
+            model,
+            config,
+            session.world,
+            depths=config.validation.depths,
+            rows=config.validation.rows,
+        )
     record.validation(session.state, result)
 
 
@@ -195,4 +189,4 @@ def _save(session: Session, run_dir: Path, record: Record, *, must: bool) -> Non
         log.error("training goes on without this save: %s", error)
         return
     if session.world.rank == 0:
-        prune_checkpoints(run_dir, session.config.checkpoint)
+        prune_checkpoints(run_dir, session.config.checkpoint, saved=path)

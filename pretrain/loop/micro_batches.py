@@ -51,7 +51,6 @@ def micro_batches(
     micro_rows: int,
     seed: int,
     device: torch.device,
-    dtype: torch.dtype,
 ) -> Iterator[MicroBatch]:
     """Micro-batches of `micro_rows` rows, in order of falling depth, with their initial states."""
     labels_RT = labels_of(batch, model.documents)
@@ -68,7 +67,6 @@ def micro_batches(
                 context=model.context,
                 width=model.width,
                 device=device,
-                dtype=dtype,
             ),
             depths=[depths[row] for row in chosen],
         )

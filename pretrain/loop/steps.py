@@ -18,7 +18,7 @@ from pretrain.engine.world import World
 from pretrain.loop.micro_batches import labels_of, micro_batches, row_checksum
 from pretrain.loop.signals import StopSignals
 from pretrain.loop.state import TrainState
-from pretrain.model.cost import model_flops_per_token
+from pretrain.model.cost import TokenFlops
 from pretrain.model.depth import Depth, step_depths
 from pretrain.model.loss import IGNORED
 from pretrain.optim.schedule import learning_rate
@@ -70,10 +70,11 @@ def _step(session: Session) -> StepRecord:
     (all_labels,) = world.sum([num_labels])
     nats = _forward_and_backward(session, batch, own, scale=1 / max(all_labels, 1.0))
     rate = learning_rate(
-        config.optimizer,
-        config.schedule,
-        tokens=state.tokens + config.batch.global_tokens,
+        state.tokens,
+        step_tokens=config.batch.global_tokens,
         total_tokens=config.total_tokens,
+        peak=config.optimizer.learning_rate,
+        config=config.schedule,
     )
     result = session.engine.step(rate)
     step_s = time.monotonic() - started
@@ -108,7 +109,6 @@ def _forward_and_backward(
         micro_rows=config.batch.micro_rows,
         seed=config.run.seed,
         device=session.world.device,
-        dtype=engine.dtype,
     ):
         output = engine(
             micro.tokens_BT,
@@ -118,6 +118,7 @@ def _forward_and_backward(
             documents=micro.documents_BT,
             keep_logits=False,
         )
+        assert output.nats is not None
         engine.backward(output.nats, scale=scale)
         nats += output.nats.detach().double()
     return float(nats)
@@ -145,8 +146,9 @@ def _speed_metrics(
     config: TrainConfig, world: World, depths: list[Depth], step_s: float
 ) -> dict[str, float]:
     tokens_per_s = config.batch.global_tokens / step_s
-    flops_per_token = sum(model_flops_per_token(config.model, depth) for depth in depths) / len(
-        depths
+    flops_per_token = TokenFlops.of(config.model).model(
+        no_grad=sum(depth.no_grad for depth in depths) / len(depths),
+        with_grad=sum(depth.with_grad for depth in depths) / len(depths),
     )
     metrics = {
         "speed/step_s": step_s,

@@ -9,6 +9,7 @@ from pretrain.config import TrainConfig
 from pretrain.data.loader import Batch, valid_rows
 from pretrain.engine.world import World
 from pretrain.loop.micro_batches import labels_of
+from pretrain.model.depth import Depth
 from pretrain.model.initial_state import initial_states
 from pretrain.model.loss import IGNORED
 from pretrain.model.recurrent import Output
@@ -25,7 +26,6 @@ def validate(
     *,
     depths: Sequence[int],
     rows: int,
-    dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Mean nats per token of `rows` held-out rows at each of `depths`.
 
@@ -35,15 +35,16 @@ def validate(
     """
     mine = valid_rows(config.data, rows=rows, rank=world.rank, ranks=world.size)
     micro_rows = config.batch.micro_rows
-    (most,) = world.max([float(len(mine.tokens_BS))])
+    most = max(world.gather_objects(len(mine.tokens_BS)))
     totals = torch.zeros(len(depths), dtype=torch.float64)
     num_labels = 0.0
-    for start in range(0, int(most), micro_rows):
+    for start in range(0, most, micro_rows):
         batch = _slice(mine, start, micro_rows)
         if batch is None:
-            _idle_forward(forward, config, world, depths, dtype)
+            _idle_forward(forward, config, world, depths)
             continue
-        output = _forward(forward, config, world, batch, depths, dtype)
+        output = _forward(forward, config, world, batch, depths)
+        assert output.nats_by_depth is not None
         totals += output.nats_by_depth.double().sum(-1).cpu()
         num_labels += float((labels_of(batch, config.model.documents) != IGNORED).sum())
     *nats, count, all_rows = world.sum([*totals.tolist(), num_labels, float(len(mine.tokens_BS))])
@@ -71,20 +72,19 @@ def _forward(
     world: World,
     batch: Batch,
     depths: Sequence[int],
-    dtype: torch.dtype,
 ) -> Output:
     model = config.model
     first = batch.first_row
     with torch.no_grad():
         return forward(
             batch.tokens_BS[:, :-1].to(world.device),
+            [Depth(no_grad=max(depths), with_grad=0)] * len(batch.tokens_BS),
             initial_state=initial_states(
                 list(range(first, first + len(batch.tokens_BS))),
                 seed=STATE_SEED,
                 context=model.context,
                 width=model.width,
                 device=world.device,
-                dtype=dtype,
             ),
             labels=labels_of(batch, model.documents).to(world.device),
             documents=batch.documents_BS[:, :-1].to(world.device),
@@ -97,8 +97,7 @@ def _idle_forward(
     config: TrainConfig,
     world: World,
     depths: Sequence[int],
-    dtype: torch.dtype,
 ) -> None:
     padding = torch.zeros(1, config.model.context + 1, dtype=torch.int64)
     batch = Batch(first_row=0, tokens_BS=padding, documents_BS=padding - 1)
-    _forward(forward, config, world, batch, depths, dtype)
+    _forward(forward, config, world, batch, depths)
