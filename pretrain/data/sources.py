@@ -1,0 +1,165 @@
+"""Where documents come from: the embedded corpus, or files below a folder or URL."""
+
+import logging
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import fsspec
+from fsspec.utils import glob_translate
+
+from pretrain.data import embedded
+from pretrain.data.config import Corpus, DataConfig
+from pretrain.data.documents import Document, Part, number_parts
+from pretrain.data.records import READERS, reader_of
+from pretrain.errors import DataError
+
+__all__ = ["Document", "Part", "find_parts", "read_documents"]
+
+log = logging.getLogger(__name__)
+
+
+def find_parts(config: DataConfig) -> dict[str, list[Part]]:
+    """The parts of every source, by source name; both in a fixed order.
+
+    Raises DataError for a missing root, a source without files, and a corpus without any.
+    """
+    if config.corpus is Corpus.embedded:
+        return embedded.find_parts(config)
+    files = _list_files(config)
+    if config.sources:
+        sizes = {name: _matching(name, config, files) for name in config.sources}
+    else:
+        sizes = _by_folder(config, files)
+    if not any(size for source in sizes.values() for size in source.values()):
+        count = sum(map(len, sizes.values()))
+        raise DataError(
+            f"data.root={config.root} holds no text: all its {count} data files are empty."
+            f" Expected {', '.join(READERS)}."
+        )
+    return {
+        name: number_parts(name, source, config.max_bytes) for name, source in sorted(sizes.items())
+    }
+
+
+def read_documents(part: Part, config: DataConfig) -> Iterator[Document]:
+    """The documents of one part, in order; records without text are left out.
+
+    Raises DataError for a file that is not UTF-8 or damaged, a line that is no JSON, a record
+    without text under the text key: each with file, record and remedy.
+    """
+    if config.corpus is Corpus.embedded:
+        documents = embedded.read_documents(part, config)
+    else:
+        documents = _read_file(part, config)
+    read = 0
+    for document in documents:
+        if not document.text:
+            continue
+        yield document
+        read += _utf8_bytes(document)
+        if part.max_bytes is not None and read >= part.max_bytes:
+            return
+
+
+def _utf8_bytes(document: Document) -> int:
+    try:
+        return len(document.text.encode("utf-8"))
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{document.id}: character {error.start} is the lone surrogate "
+            f"{error.object[error.start]!r}, which UTF-8 cannot write; correct or remove it."
+        ) from error
+
+
+def _read_file(part: Part, config: DataConfig) -> Iterator[Document]:
+    system, root = _open_root(config)
+    source = config.sources.get(part.source)
+    text_key = (source.text_key if source else None) or config.text_key
+    path = f"{root}/{part.path}"
+    reader = reader_of(path)
+    assert reader is not None, f"find_parts admits no {path}"
+    try:
+        file = system.open(path, "rb")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}; the corpus lost a file.") from error
+    with file:
+        for record in reader(file, path, text_key):
+            name = f"{part.source}/{part.path}#{record.number}"
+            yield Document(name, record.text, record.messages)
+
+
+def _open_root(config: DataConfig) -> tuple[Any, str]:
+    try:
+        system, root = fsspec.core.url_to_fs(config.root)
+    except (ValueError, ImportError) as error:
+        raise DataError(
+            f"data.root={config.root} cannot be opened: {error}. For object stores install "
+            "pretrain[remote]."
+        ) from error
+    return system, root.rstrip("/")
+
+
+def _list_files(config: DataConfig) -> dict[str, int]:
+    """Bytes of every file below the root, by relative path; hidden files and folders are not."""
+    system, root = _open_root(config)
+    if not system.isdir(root):
+        raise DataError(f"data.root={config.root} is no folder; set it to the one with the text.")
+    found = system.find(root, detail=True)
+    relative = {path[len(root) + 1 :]: int(info["size"] or 0) for path, info in found.items()}
+    return {path: relative[path] for path in sorted(relative) if not _is_hidden(path)}
+
+
+def _is_hidden(path: str) -> bool:
+    return any(name.startswith(".") for name in path.split("/"))
+
+
+def _matching(name: str, config: DataConfig, files: dict[str, int]) -> dict[str, int]:
+    """The files of a source that is written down.
+
+    A glob that ends in `*` asks for whatever text there is; one that says more must match text.
+    """
+    source, ignored, matched = config.sources[name], 0, {}
+    for pattern in source.paths:
+        matches = re.compile(glob_translate(pattern)).match
+        for path in filter(matches, files):
+            if reader_of(path) is not None:
+                matched[path] = files[path]
+            elif pattern.endswith("/*") or pattern.endswith("/**"):
+                ignored += 1
+            else:
+                raise DataError(
+                    f"data.sources.{name}: {pattern} matches {path}, which is none of "
+                    f"{', '.join(READERS)}; narrow the glob."
+                )
+    if not matched:
+        raise DataError(
+            f"data.sources.{name}: no file of {', '.join(READERS)} below {config.root} matches "
+            f"{source.paths}; correct the globs, or remove the source."
+        )
+    _warn_of_ignored(ignored, f"data.sources.{name}")
+    return matched
+
+
+def _by_folder(config: DataConfig, files: dict[str, int]) -> dict[str, dict[str, int]]:
+    """Every folder directly below the root as a source; files beside them make one more."""
+    sizes: dict[str, dict[str, int]] = {}
+    ignored = 0
+    for path, size in files.items():
+        folder, slash, _ = path.partition("/")
+        if reader_of(path) is None:
+            ignored += 1
+        else:
+            sizes.setdefault(folder if slash else config.name, {})[path] = size
+    if not sizes:
+        raise DataError(
+            f"data.root={config.root} holds no text: none of its {len(files)} files is one of "
+            f"{', '.join(READERS)}."
+        )
+    _warn_of_ignored(ignored, f"data.root={config.root}")
+    return sizes
+
+
+def _warn_of_ignored(count: int, where: str) -> None:
+    if count:
+        log.warning("%s: ignored %d files that are none of %s", where, count, ", ".join(READERS))

@@ -1,0 +1,226 @@
+"""How a tokenizer is trained: a sample of the sources by their weights, and SentencePiece's BPE.
+
+The model's bytes depend on the text and the settings alone, not on the number of threads.
+"""
+
+import dataclasses
+import hashlib
+import io
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+
+from pretrain.data.config import DataConfig, TokenizerConfig
+from pretrain.data.documents import Part, cut_at_blank_lines
+from pretrain.data.shares import source_shares
+from pretrain.data.sources import find_parts, read_documents
+from pretrain.data.special_ids import RESERVED, special_ids, special_names
+from pretrain.errors import DataError
+
+log = logging.getLogger(__name__)
+
+# Multi-line chunks, so that pieces such as ":\\n" are learned; SentencePiece calls them sentences.
+CHUNK_CHARACTERS = 8192
+PIECE_CHARACTERS = 16
+# Text whose encoded length is reported afterwards.
+PROBE_EVERY_CHUNKS = 64
+REPORT_EVERY_S = 5.0
+# Two cores took 11 s for 50 MB and 65,536 pieces: SentencePiece 0.2.3, one part in bytes.
+LEARN_S_PER_BYTE = 0.4e-6
+
+
+class Sample:
+    """Text to learn pieces from, as chunks; counts and hashes what was taken from it."""
+
+    def __init__(self, config: DataConfig, train_bytes: int) -> None:
+        self.train_bytes = train_bytes
+        self.source_bytes: dict[str, int] = {}
+        self.documents = 0
+        self.probe: list[str] = []
+        self._config = config
+        self._hash = hashlib.sha256()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of text taken so far."""
+        return sum(self.source_bytes.values())
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the text taken so far."""
+        return self._hash.hexdigest()
+
+    def chunks(self) -> Iterator[str]:
+        """The text, source by source, each up to its share of train_bytes."""
+        parts = find_parts(self._config)
+        sizes = {name: sum(p.stored_bytes for p in source) for name, source in parts.items()}
+        shares = source_shares(self._config, sizes)
+        number = 0
+        for name, source in parts.items():
+            self.source_bytes[name] = 0
+            for text in self._texts(source, int(self.train_bytes * shares[name])):
+                self._hash.update(text.encode())
+                for chunk in cut_at_blank_lines(text, CHUNK_CHARACTERS):
+                    if number % PROBE_EVERY_CHUNKS == 0:
+                        self.probe.append(chunk)
+                    number += 1
+                    yield chunk
+
+    def _texts(self, parts: list[Part], quota: int) -> Iterator[str]:
+        """Documents of a source up to its quota, which its parts share by their size."""
+        left = sum(part.stored_bytes for part in parts)
+        for part in parts:
+            allowance = quota * part.stored_bytes // max(left, 1)
+            left -= part.stored_bytes
+            taken = 0
+            for document in read_documents(part, self._config) if allowance else ():
+                taken += len(document.text.encode())
+                self.documents += 1
+                self.source_bytes[part.source] += len(document.text.encode())
+                yield document.text
+                if taken >= allowance:
+                    break
+            quota -= taken
+
+
+def train_bytes(config: TokenizerConfig) -> int:
+    """How much text pieces are learned from."""
+    return config.train_bytes or 2000 * config.vocabulary_size
+
+
+def training_settings(config: TokenizerConfig, data: DataConfig) -> dict[str, Any]:
+    """What a tokenizer depends on besides the bytes of the text; kept beside it."""
+    sources = {
+        name: {"paths": source.paths, "weight": source.weight, "text_key": source.text_key}
+        for name, source in data.sources.items()
+    }
+    return {
+        "tokenizer.vocabulary_size": config.vocabulary_size,
+        "tokenizer.train_bytes": train_bytes(config),
+        "tokenizer.character_coverage": config.character_coverage,
+        "data.corpus": data.corpus.value,
+        "data.text_key": data.text_key,
+        "data.max_bytes": data.max_bytes,
+        "data.sources": sources,
+    }
+
+
+def train(config: TokenizerConfig, data: DataConfig) -> tuple[bytes, Sample]:
+    """A SentencePiece model with our special ids, and the sample that it was learned from.
+
+    Raises DataError if there is no text, or too little or too varied for the vocabulary.
+    """
+    sample = Sample(data, train_bytes(config))
+    learned = config.vocabulary_size - RESERVED
+    buffer = io.BytesIO()
+    with _reports(sample):
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=sample.chunks(),
+                model_writer=buffer,
+                vocab_size=learned,
+                character_coverage=config.character_coverage,
+                num_threads=config.threads or os.cpu_count(),
+                **TRAINER,
+            )
+        except RuntimeError as error:
+            raise _training_error(error, sample, config) from error
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(buffer.getvalue())
+    if len(model.pieces) < learned:
+        raise DataError(
+            f"tokenizer.vocabulary_size={config.vocabulary_size} is more than {sample.bytes} bytes "
+            f"of text give: at most {len(model.pieces) + RESERVED}. Choose that or less, or add text."
+        )
+    return _with_special_pieces(model, config.vocabulary_size), sample
+
+
+TRAINER = {
+    "model_type": "bpe",
+    "byte_fallback": True,
+    "split_digits": True,
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "add_dummy_prefix": False,
+    "allow_whitespace_only_pieces": True,
+    "max_sentencepiece_length": PIECE_CHARACTERS,
+    "max_sentence_length": 4 * CHUNK_CHARACTERS + 1,
+    "unk_id": 0,
+    "bos_id": -1,
+    "eos_id": -1,
+    "pad_id": -1,
+    # a vocabulary that cannot be filled is reported by us, with numbers
+    "hard_vocab_limit": False,
+    "minloglevel": 2,
+}
+"""What every tokenizer of ours has in common."""
+
+
+def _training_error(error: RuntimeError, sample: Sample, config: TokenizerConfig) -> DataError:
+    if sample.bytes == 0:
+        return DataError("The corpus has no documents with text; there is nothing to learn from.")
+    needed = re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error))
+    if needed:
+        return DataError(
+            f"tokenizer.vocabulary_size={config.vocabulary_size} is too small: the single bytes, "
+            f"characters and special tokens alone need {int(needed[1]) + RESERVED}. Choose more, or "
+            f"lower tokenizer.character_coverage={config.character_coverage}."
+        )
+    return DataError(f"SentencePiece cannot learn from {sample.bytes} bytes of text: {error}")
+
+
+def _with_special_pieces(model: Any, vocabulary_size: int) -> bytes:
+    """The model's bytes with control pieces appended at the top; text never encodes to those."""
+    for name in special_names():
+        piece = model.pieces.add()
+        piece.piece, piece.score = name, 0.0
+        piece.type = sentencepiece_model_pb2.ModelProto.SentencePiece.Type.CONTROL
+    spec, special = model.trainer_spec, special_ids(vocabulary_size)
+    spec.vocab_size = vocabulary_size
+    spec.bos_id, spec.eos_id, spec.pad_id = special.begin_text, special.end_text, special.pad
+    spec.bos_piece, spec.eos_piece, spec.pad_piece = (
+        special_names()[i - special.begin_text] for i in (spec.bos_id, spec.eos_id, spec.pad_id)
+    )
+    # The pieces do not depend on it, so the file should not.
+    spec.ClearField("num_threads")
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+@contextmanager
+def _reports(sample: Sample) -> Iterator[None]:
+    """Logs progress and time left every few seconds, from a thread: the trainer has no callback."""
+    done = threading.Event()
+    reporter = threading.Thread(target=_report, args=(sample, done), daemon=True)
+    reporter.start()
+    try:
+        yield
+    finally:
+        done.set()
+        reporter.join()
+
+
+def _report(sample: Sample, done: threading.Event) -> None:
+    start, bytes_before, learning_since = time.monotonic(), -1, 0.0
+    while not done.wait(REPORT_EVERY_S):
+        now, read = time.monotonic(), sample.bytes
+        if read > bytes_before:
+            bytes_before, learning_since = read, now
+            left = (now - start) * max(sample.train_bytes - read, 0) / max(read, 1)
+            expected = LEARN_S_PER_BYTE * sample.train_bytes
+            log.info(
+                "reading text: %.1f of %.1f MB, about %.0f s left, then about %.0f s of learning",
+                read / 1e6, sample.train_bytes / 1e6, left, expected,
+            )  # fmt: skip
+        else:
+            elapsed = now - learning_since
+            left = LEARN_S_PER_BYTE * read - elapsed
+            outlook = f"about {left:.0f} s left" if left > 0 else "longer than expected"
+            log.info("learning pieces from %.1f MB: %.0f s, %s", read / 1e6, elapsed, outlook)
