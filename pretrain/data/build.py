@@ -93,7 +93,7 @@ class _Build:
         self._tokenizer = tokenizer
         self._settings = settings
         self._parts = parts
-        self._inputs = list_inputs(config, parts)
+        self._inputs = list_inputs(parts)
         self._dtype = "uint16" if tokenizer.vocabulary_size <= 2**16 else "uint32"
         self._folder = Path(config.shards)
         key = json.dumps([settings, self._inputs, self._dtype, __version__], sort_keys=True)
@@ -134,7 +134,7 @@ class _Build:
         if len(missing) < len(parts):
             log.info("%d of %d parts were tokenized before", len(parts) - len(missing), len(parts))
         # the longest first, so that no process is left alone with one at the end
-        missing.sort(key=lambda part: -(self._inputs[part.source][part.path] or 0))
+        missing.sort(key=lambda part: -part.stored_bytes)
         for source in self._parts:
             (self._work / "parts" / source).mkdir(parents=True, exist_ok=True)
         jobs = [

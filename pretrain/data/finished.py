@@ -40,14 +40,9 @@ def build_settings(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     return settings
 
 
-def list_inputs(config: DataConfig, parts: Parts) -> dict[str, dict[str, int | None]]:
-    """Parts by source and path with their size, as far as they are local files."""
-
-    def size(part: Part) -> int | None:
-        path = Path(config.root or "", part.path)
-        return path.stat().st_size if config.root and path.is_file() else None
-
-    return {source: {part.path: size(part) for part in own} for source, own in parts.items()}
+def list_inputs(parts: Parts) -> dict[str, dict[str, int]]:
+    """Bytes of the parts' files, by source and path."""
+    return {source: {part.path: part.stored_bytes for part in own} for source, own in parts.items()}
 
 
 def reuse(config: DataConfig, settings: dict[str, Any], folder: Path) -> Manifest:
@@ -81,7 +76,7 @@ def reuse(config: DataConfig, settings: dict[str, Any], folder: Path) -> Manifes
 def _check_inputs(config: DataConfig, folder: Path, remedy: str) -> None:
     """Compare the raw text with what was built, if it is still there."""
     try:
-        now = list_inputs(config, find_parts(config))
+        now = list_inputs(find_parts(config))
         built = json.loads((folder / INPUTS_FILE).read_bytes())
     except (DataError, OSError, ValueError) as error:
         log.warning("not compared with the raw text, using the shards as built: %s", error)

@@ -32,6 +32,11 @@ class Progress:
         )
         self._task = self._bar.add_task(name, total=self._total, rate="")
 
+    @property
+    def done(self) -> int:
+        """Steps counted so far."""
+        return self._done
+
     def __enter__(self) -> "Progress":
         self._bar.start()
         return self

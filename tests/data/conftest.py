@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pretrain.data.config import Corpus, DataConfig, SourceConfig
+from pretrain.data.config import Corpus, DataConfig, SourceConfig, TokenizerConfig
 from pretrain.data.manifest import Manifest, SourceManifest, TokenizerManifest
 from pretrain.data.parts import PartFiles, PartRecord, commit
 from pretrain.data.special_ids import special_ids
+from pretrain.data.tokenizer import write_folder
+from pretrain.data.tokenizer_training import train
 from pretrain.data.write import Packing, write_split
 
 # beyond 16 bits, so that every token of a test can be another one
@@ -37,6 +39,29 @@ def write_part(stem: Path, lengths: list[int], *, first_id: int, held_out: set[i
     )
     commit(files.record, record.to_bytes())
     return files
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tokenizer of 512 pieces, trained on this folder's tests."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    config = TokenizerConfig(
+        path=str(folder / "512"), vocabulary_size=512, train_bytes=100_000, threads=1
+    )
+    data = DataConfig(
+        name="tests",
+        corpus=Corpus.files,
+        root=str(folder / "raw"),
+        shards="unused",
+        context=8,
+        sources={"tests": SourceConfig(paths=["*.txt"])},
+    )
+    (folder / "raw").mkdir()
+    for path in Path(__file__).parent.glob("test_*.py"):
+        (folder / "raw" / f"{path.stem}.txt").write_text(path.read_text())
+    model, _ = train(config, data)
+    write_folder(config.path, model, {"settings": {}})
+    return config.path
 
 
 @pytest.fixture

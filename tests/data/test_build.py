@@ -1,0 +1,310 @@
+"""The same text gives the same bytes, however it was built; other text is not taken for it."""
+
+import fcntl
+import json
+import logging
+import multiprocessing
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import webdataset as wds
+
+from pretrain.data.build import _explaining_full_disk, build
+from pretrain.data.config import Corpus, DataConfig, SourceConfig
+from pretrain.data.manifest import read_manifest
+from pretrain.data.parts import is_held_out
+from pretrain.data.sources import find_parts, read_documents
+from pretrain.data.tokenizer import Tokenizer
+from pretrain.errors import ConfigError, DataError
+
+ROOT = Path(__file__).parents[2]
+WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "42", "birds", "in", "an", "oak")
+
+
+def text(seed: int, words: int) -> str:
+    return " ".join(random.Random(seed).choices(WORDS, k=words)) + "\n"
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    root = tmp_path / "raw"
+    for source, files in (("books", 5), ("notes", 3)):
+        (root / source).mkdir(parents=True)
+        for file in range(files):
+            records = [
+                {"text": text(file * 100 + i, 3 + (i * 13 + file) % 90)} for i in range(12 * file)
+            ]
+            lines = [json.dumps(record) for record in records]
+            (root / source / f"{file}.jsonl").write_text("\n".join(lines))
+    (root / "notes" / "long.txt").write_text(text(5, 900))
+    return root
+
+
+@pytest.fixture
+def config(corpus, tmp_path):
+    return make_config(corpus, tmp_path / "shards")
+
+
+def make_config(root, shards, **changes) -> DataConfig:
+    values = {
+        "name": "test",
+        "corpus": Corpus.files,
+        "root": str(root),
+        "shards": str(shards),
+        "context": 63,
+        "rows_per_member": 4,
+        "members_per_shard": 4,
+        "pack_tokens": 1_500,
+        "valid_fraction": 0.2,
+        "build_workers": 1,
+        "sources": {
+            "books": SourceConfig(paths=["books/*"], weight=0.7, licence="CC0"),
+            "notes": SourceConfig(paths=["notes/*"], weight=0.3),
+        },
+    }
+    return DataConfig(**(values | changes))
+
+
+def tree(folder) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file()
+    }
+
+
+def stored_pieces(shards, split):
+    for path in sorted(Path(shards).glob(f"*/{split}-*.tar")):
+        for sample in wds.WebDataset(str(path), shardshuffle=False).decode():
+            for row, lengths in zip(sample["tokens.npy"], sample["lengths.npy"], strict=True):
+                at = 0
+                for length in lengths[lengths > 0].tolist():
+                    yield row[at : at + length].tolist()
+                    at += length
+
+
+def test_processes_do_not_change_the_bytes(config, tokenizer_folder, tmp_path):
+    build(config, tokenizer_folder)
+    config.shards, config.build_workers = str(tmp_path / "again"), 2
+    build(config, tokenizer_folder)
+    first, second = tree(tmp_path / "shards"), tree(tmp_path / "again")
+    assert first == second
+    assert {"manifest.json", "inputs.json", "books/train-000000.tar"} <= first.keys()
+    assert not any(name.startswith(".build") for name in first)
+
+
+def test_every_token_of_every_document_is_in_its_split(config, tokenizer_folder):
+    manifest = build(config, tokenizer_folder)
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    begin, end = tokenizer.special.begin_text, tokenizer.special.end_text
+    num_documents = 0
+    for split in ("train", "valid"):
+        expected = sorted(
+            token
+            for parts in find_parts(config).values()
+            for part in parts
+            for document in read_documents(part, config)
+            if is_held_out(document.id, 0.2) == (split == "valid")
+            for token in [begin, *tokenizer.encode(document.text), end]
+        )
+        stored = sorted(token for piece in stored_pieces(config.shards, split) for token in piece)
+        assert stored == expected
+        totals = [source.totals(split) for source in manifest.sources]
+        assert sum(t.tokens for t in totals) == len(expected)
+        num_documents += sum(t.documents for t in totals)
+    # 12 x (0 + 1 + 2 + 3 + 4) and 12 x (0 + 1 + 2) records, and one text
+    assert num_documents == 120 + 36 + 1
+
+
+def test_a_whole_document_decodes_to_its_text(config, tokenizer_folder):
+    build(config, tokenizer_folder)
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    special = tokenizer.special
+    whole = {
+        tokenizer.decode(piece)
+        for split in ("train", "valid")
+        for piece in stored_pieces(config.shards, split)
+        if piece[0] == special.begin_text and piece[-1] == special.end_text
+    }
+    fitting = {
+        document.text
+        for parts in find_parts(config).values()
+        for part in parts
+        for document in read_documents(part, config)
+        if len(tokenizer.encode(document.text)) + 2 <= config.context + 1
+    }
+    assert len(fitting) > 20
+    assert whole == fitting
+
+
+def build_quietly(config, tokenizer_folder):
+    build(config, tokenizer_folder)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("files", [1, 9, 14, 20, 24])
+def test_a_killed_build_goes_on_to_the_same_bytes(config, tokenizer_folder, tmp_path, files):
+    build(config, tokenizer_folder)
+    expected = tree(config.shards)
+    config.shards = str(tmp_path / "killed")
+    process = multiprocessing.get_context("fork").Process(
+        target=build_quietly, args=(config, tokenizer_folder)
+    )
+    process.start()
+    work = Path(config.shards) / ".build"
+    while process.is_alive() and sum(path.is_file() for path in work.rglob("*")) < files:
+        time.sleep(0.0005)
+    process.kill()
+    process.join()
+    build(config, tokenizer_folder)
+    assert tree(config.shards) == expected
+
+
+def test_a_finished_build_is_left_alone(config, tokenizer_folder):
+    manifest = build(config, tokenizer_folder)
+    before = {path: path.stat().st_mtime_ns for path in Path(config.shards).rglob("*")}
+    assert build(config, tokenizer_folder) == manifest
+    assert {path: path.stat().st_mtime_ns for path in Path(config.shards).rglob("*")} == before
+
+
+def test_weights_are_no_reason_to_build_again(config, tokenizer_folder):
+    fingerprint = build(config, tokenizer_folder).fingerprint
+    config.sources["books"].weight = 0.9
+    assert build(config, tokenizer_folder).fingerprint == fingerprint
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "built"),
+    [("context", 31, 63), ("valid_fraction", 0.1, 0.2), ("pack_tokens", 999, 1500)],
+)
+def test_other_settings_are_refused_by_name(config, tokenizer_folder, name, value, built):
+    build(config, tokenizer_folder)
+    setattr(config, name, value)
+    with pytest.raises(DataError, match=rf"data\.{name}: built with {built}, now {value}"):
+        build(config, tokenizer_folder)
+
+
+def test_other_raw_text_is_refused_with_a_file_named(config, corpus, tokenizer_folder):
+    build(config, tokenizer_folder)
+    (corpus / "books" / "more.jsonl").write_text('{"text": "more"}')
+    with pytest.raises(DataError, match=r"1 files of the raw text .* books/books/more\.jsonl"):
+        build(config, tokenizer_folder)
+
+
+def test_shards_serve_when_the_raw_text_is_gone(config, corpus, tokenizer_folder, caplog):
+    fingerprint = build(config, tokenizer_folder).fingerprint
+    shutil.rmtree(corpus)
+    with caplog.at_level(logging.WARNING):
+        assert build(config, tokenizer_folder).fingerprint == fingerprint
+    assert "using the shards as built" in caplog.text
+
+
+@pytest.mark.parametrize("size", [None, 0, 600])
+def test_a_finished_build_that_lost_a_shard_is_not_called_finished(config, tokenizer_folder, size):
+    build(config, tokenizer_folder)
+    path = Path(config.shards) / "books/train-000001.tar"
+    path.unlink() if size is None else os.truncate(path, size)
+    there = "is missing" if size is None else f"has {size} bytes"
+    with pytest.raises(DataError, match=rf"books/train-000001\.tar {there}"):
+        build(config, tokenizer_folder)
+
+
+def test_an_unfinished_build_of_other_settings_is_removed_aloud(
+    config, tokenizer_folder, tmp_path, caplog
+):
+    stale = tmp_path / "shards" / ".build" / "0123456789abcdef"
+    stale.mkdir(parents=True)
+    with caplog.at_level(logging.WARNING):
+        build(config, tokenizer_folder)
+    assert f"removing an unfinished build of other settings or text: {stale}" in caplog.text
+
+
+def test_the_split_of_a_document_does_not_depend_on_the_others(config, tokenizer_folder, corpus):
+    ids = [f"books/books/{i}.jsonl#{j}" for i in range(100) for j in range(100)]
+    held_out = [document_id for document_id in ids if is_held_out(document_id, 0.2)]
+    # a binomial of 10,000 and 0.2 has a deviation of 40; five are allowed
+    assert abs(len(held_out) - 2_000) < 200
+    # a larger share holds out the same documents and more
+    assert all(is_held_out(document_id, 0.3) for document_id in held_out)
+
+
+def test_a_full_disk_is_told_with_what_is_free(tmp_path):
+    with (
+        pytest.raises(DataError, match=r"No space left for .* \d+ bytes free"),
+        _explaining_full_disk(tmp_path),
+    ):
+        Path("/dev/full").write_bytes(b"x")
+
+
+def test_too_small_a_disk_is_told_before_it_is_full(config, tokenizer_folder, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 0, 10))
+    with pytest.raises(DataError, match=r"need about \d+ more bytes, .* has 10 free"):
+        build(config, tokenizer_folder)
+    monkeypatch.undo()
+    assert build(config, tokenizer_folder).sources
+
+
+def test_one_build_at_a_time(config, tokenizer_folder):
+    work = Path(config.shards) / ".build"
+    work.mkdir(parents=True)
+    with open(work / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="Another process builds shards"):
+            build(config, tokenizer_folder)
+
+
+def test_bad_text_stops_a_parallel_build_with_its_place(config, corpus, tokenizer_folder):
+    (corpus / "books" / "3.jsonl").write_bytes(b'{"text": "\xff"}\n')
+    config.build_workers = 2
+    with pytest.raises(DataError, match=r"3\.jsonl"):
+        build(config, tokenizer_folder)
+    assert not (Path(config.shards) / "manifest.json").exists()
+
+
+def test_all_text_held_out_is_no_corpus(config, tokenizer_folder):
+    config.valid_fraction = 0.9999999
+    with pytest.raises(DataError, match="gives no rows to train on"):
+        build(config, tokenizer_folder)
+
+
+def test_a_url_is_no_place_to_build(config, tokenizer_folder):
+    config.shards = "s3://bucket/shards"
+    with pytest.raises(ConfigError, match="build into a folder, then copy it there"):
+        build(config, tokenizer_folder)
+
+
+def test_no_tokenizer_names_the_command(config, tmp_path):
+    with pytest.raises(DataError, match="pretrain data tokenizer"):
+        build(config, str(tmp_path / "none"))
+
+
+def test_the_manifest_says_whose_text_it_is(config, tokenizer_folder):
+    build(config, tokenizer_folder)
+    manifest = read_manifest(Path(config.shards))
+    books = manifest.source("books")
+    assert (books.licence, books.weight) == ("CC0", 0.7)
+    assert manifest.tokenizer.sha256 == Tokenizer.load(tokenizer_folder).sha256
+    assert manifest.dtype == "uint16"
+
+
+def test_the_corpus_hash_follows_the_text(config, corpus, tokenizer_folder, tmp_path):
+    before = build(config, tokenizer_folder)
+    path = corpus / "notes" / "long.txt"
+    path.write_text(path.read_text().replace("cat", "dog", 1))
+    config.shards = str(tmp_path / "changed")
+    after = build(config, tokenizer_folder)
+    assert after.source("books").corpus_sha256 == before.source("books").corpus_sha256
+    assert after.source("notes").corpus_sha256 != before.source("notes").corpus_sha256
+    assert after.fingerprint != before.fingerprint
+
+
+def test_tokenizing_processes_import_no_torch():
+    program = "import pretrain.data.parts, sys; sys.exit('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", program], env=environment).returncode == 0
