@@ -109,15 +109,32 @@ class TokenizerConfig:
     """A SentencePiece tokenizer and how it is trained."""
 
     path: str
-    """Folder of tokenizer.model and tokenizer.json (its hash, special ids, how it was trained)."""
+    """Folder of tokenizer.model and tokenizer_info.json (hash, special ids, how it was trained)."""
     vocabulary_size: int
-    """Pieces, specials included; equals model.vocabulary_size."""
-    train_bytes: int = 100_000_000
-    """Text to learn pieces from, taken from the sources by their weights."""
+    """Pieces, the 32 special ids at the top included; at most model.vocabulary_size."""
+    train_bytes: int | None = None
+    """Text to learn pieces from, taken by the sources' weights; null: 2000 bytes a piece."""
     character_coverage: float = 0.9999
     """Share of characters that get pieces of their own; bytes cover the rest."""
     threads: int = 0
     """Threads for training; 0: as many as there are cores."""
+
+    def __post_init__(self) -> None:
+        if self.train_bytes is not None and self.train_bytes < 1:
+            raise ConfigError(
+                f"tokenizer.train_bytes={self.train_bytes} must be 1 or more, or null."
+            )
+        if not 0 < self.character_coverage <= 1:
+            raise ConfigError(
+                f"tokenizer.character_coverage={self.character_coverage} must be in (0, 1]."
+            )
+        if self.vocabulary_size < 320:
+            raise ConfigError(
+                f"tokenizer.vocabulary_size={self.vocabulary_size} leaves no room beside 256 bytes "
+                "and 32 special ids; choose 320 or more (4096 is small)."
+            )
+        if self.threads < 0:
+            raise ConfigError(f"tokenizer.threads={self.threads} must be 0 or more.")
 
 
 @dataclass(kw_only=True, slots=True)

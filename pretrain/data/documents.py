@@ -24,13 +24,14 @@ class Part:
     """A unit of parallel work: one file, or one batch of the embedded corpus's files.
 
     `index` numbers a source's parts from 0. `max_bytes` is the part's share of data.max_bytes:
-    it ends with the first document that reaches it.
+    it ends with the first document that reaches it. `stored_bytes` is the size of its files.
     """
 
     source: str
     path: str
     index: int
     max_bytes: int | None = None
+    stored_bytes: int = 0
 
 
 def number_parts(source: str, sizes: dict[str, int], max_bytes: int | None) -> list[Part]:
@@ -40,7 +41,7 @@ def number_parts(source: str, sizes: dict[str, int], max_bytes: int | None) -> l
     for index, path in enumerate(sorted(sizes)):
         # Rounded up, so that a share is never zero and the shares never fall short.
         share = None if max_bytes is None else -(-max_bytes * sizes[path] // max(total, 1))
-        parts.append(Part(source, path, index, share))
+        parts.append(Part(source, path, index, share, sizes[path]))
     return parts
 
 

@@ -106,8 +106,9 @@ def read_gzip_lines(file: BinaryIO, name: str, text_key: str) -> Iterator[Record
 
 def read_zstandard_lines(file: BinaryIO, name: str, text_key: str) -> Iterator[Record]:
     """JSON Lines inside zstandard, of any number of frames."""
+    errors = (EOFError, zstandard.ZstdError)
     stream = io.BufferedReader(_ZstandardStream(file), BLOCK_BYTES)
-    return _read_packed(stream, name, text_key, (EOFError, zstandard.ZstdError))  # type: ignore[arg-type]
+    return _read_packed(stream, name, text_key, errors)
 
 
 def _read_packed(

@@ -7,15 +7,22 @@ as its three UTF-8 bytes, and ids are decoded through the bytes that each stands
 
 import hashlib
 import json
+import logging
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 
+from pretrain import __version__
+from pretrain.config import TrainConfig
 from pretrain.data.special_ids import SpecialIds, special_ids, special_names
+from pretrain.data.tokenizer_training import Sample, train, training_settings
 from pretrain.errors import DataError
+
+log = logging.getLogger(__name__)
 
 MODEL_FILE = "tokenizer.model"
 INFO_FILE = "tokenizer_info.json"
@@ -66,24 +73,25 @@ class Tokenizer:
         return cls(model)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; never special ids, whatever the text spells."""
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
-        """Ids of each text, encoded on several threads (0: one per core).
+        """Ids of a text; never special ids, whatever the text spells.
 
         Texts beyond 50,000 characters are cut after line breaks, and no piece spans a cut.
         Raises DataError for lone surrogates, which UTF-8 cannot write.
         """
+        segments = list(_segments(text))
+        try:
+            return self._join(segments, (self._processor.encode(segment) for segment in segments))
+        except UnicodeEncodeError as error:
+            raise _lone_surrogate(error) from error
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+        """Ids of each text as `encode` gives them, on several threads (0: one per core)."""
         segments = [list(_segments(text)) for text in texts]
         flat = [segment for segments_of_text in segments for segment in segments_of_text]
         try:
             encoded = iter(self._processor.encode(flat, num_threads=threads or os.cpu_count() or 1))
         except UnicodeEncodeError as error:
-            raise DataError(
-                f"A text holds the lone surrogate {error.object[error.start]!r} at character "
-                f"{error.start} of {error.object[:40]!r}...; UTF-8 cannot write it: replace it."
-            ) from error
+            raise _lone_surrogate(error) from error
         return [self._join(segments_of_text, encoded) for segments_of_text in segments]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -124,6 +132,13 @@ def _segments(text: str) -> Iterator[str]:
         yield part[start:]
 
 
+def _lone_surrogate(error: UnicodeEncodeError) -> DataError:
+    return DataError(
+        f"A text holds the lone surrogate {error.object[error.start]!r} at character {error.start} "
+        f"of {error.object[:40]!r}...; UTF-8 cannot write it: replace it."
+    )
+
+
 def _read_model(folder: Path) -> bytes:
     try:
         return (folder / MODEL_FILE).read_bytes()
@@ -149,3 +164,93 @@ def read_info(path: str | Path) -> dict[str, Any]:
             "Train the tokenizer again."
         )
     return info
+
+
+def write_folder(path: str | Path, model: bytes, info: dict[str, Any]) -> None:
+    """Write a tokenizer folder, which appears as a whole or not at all.
+
+    `info` says how it was made; hash, size and special ids are added to it.
+    Raises DataError if the folder is there already or cannot be written.
+    """
+    folder = Path(path)
+    tokenizer = Tokenizer(model)
+    known = {
+        "format": INFO_FORMAT,
+        "sha256": tokenizer.sha256,
+        "vocabulary_size": tokenizer.vocabulary_size,
+        "special": tokenizer.special._asdict(),
+    }
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        _write(partial / MODEL_FILE, model)
+        _write(partial / INFO_FILE, json.dumps(known | info, indent=2, sort_keys=True).encode())
+        os.rename(partial, folder)
+    except OSError as error:
+        raise DataError(
+            f"Cannot write the tokenizer to {folder}: {error.strerror}. Free space, remove what is "
+            "there, or choose another tokenizer.path."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def main(config: TrainConfig) -> None:
+    """Train the tokenizer of a configuration, or say that it is there.
+
+    Raises DataError if tokenizer.path holds one that was trained with other settings.
+    """
+    folder = Path(config.tokenizer.path)
+    settings = training_settings(config.tokenizer, config.data)
+    if folder.is_dir() and any(folder.iterdir()):
+        tokenizer = Tokenizer.load(folder)
+        _check_settings(settings, read_info(folder)["settings"], folder)
+        print(f"tokenizer {folder}: {tokenizer.vocabulary_size} pieces, trained before")
+        return
+    model, sample = train(config.tokenizer, config.data)
+    write_folder(folder, model, _describe(settings, sample))
+    tokenizer = Tokenizer.load(folder)
+    ratio = _bytes_per_token(tokenizer, sample.probe)
+    print(
+        f"tokenizer {folder}: {tokenizer.vocabulary_size} pieces from {sample.bytes / 1e6:.1f} MB "
+        f"in {sample.documents} documents, {ratio:.2f} bytes per token"
+    )
+
+
+def _check_settings(wanted: dict[str, Any], found: dict[str, Any], folder: Path) -> None:
+    differing = [
+        f"{key}: {found.get(key)} there, {wanted.get(key)} now"
+        for key in sorted(wanted.keys() | found.keys())
+        if wanted.get(key) != found.get(key)
+    ]
+    if differing:
+        raise DataError(
+            f"The tokenizer in {folder} was trained with other settings:\n  "
+            + "\n  ".join(differing)
+            + "\n  Choose another tokenizer.path, or delete the folder to train it again; shards "
+            "and runs that use it must then be made again."
+        )
+
+
+def _describe(settings: dict[str, Any], sample: Sample) -> dict[str, Any]:
+    return {
+        "settings": settings,
+        "corpus": {
+            "fingerprint": sample.fingerprint,
+            "documents": sample.documents,
+            "source_bytes": sample.source_bytes,
+        },
+        "made_with": {"pretrain": __version__, "sentencepiece": sentencepiece.__version__},
+    }
+
+
+def _bytes_per_token(tokenizer: Tokenizer, texts: list[str]) -> float:
+    tokens = sum(map(len, tokenizer.encode_batch(texts)))
+    return sum(len(text.encode()) for text in texts) / max(tokens, 1)

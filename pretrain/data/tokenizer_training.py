@@ -3,14 +3,12 @@
 The model's bytes depend on the text and the settings alone, not on the number of threads.
 """
 
-import dataclasses
 import hashlib
 import io
 import logging
 import os
 import re
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,21 +18,22 @@ from sentencepiece import sentencepiece_model_pb2
 
 from pretrain.data.config import DataConfig, TokenizerConfig
 from pretrain.data.documents import Part, cut_at_blank_lines
-from pretrain.data.shares import source_shares
+from pretrain.data.progress import Progress
 from pretrain.data.sources import find_parts, read_documents
 from pretrain.data.special_ids import RESERVED, special_ids, special_names
-from pretrain.errors import DataError
+from pretrain.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
-# Multi-line chunks, so that pieces such as ":\\n" are learned; SentencePiece calls them sentences.
+# Multi-line chunks, so that pieces such as ":\n" are learned; SentencePiece calls them sentences.
 CHUNK_CHARACTERS = 8192
 PIECE_CHARACTERS = 16
+BYTES_PER_PIECE = 2000
 # Text whose encoded length is reported afterwards.
 PROBE_EVERY_CHUNKS = 64
-REPORT_EVERY_S = 5.0
-# Two cores took 11 s for 50 MB and 65,536 pieces: SentencePiece 0.2.3, one part in bytes.
-LEARN_S_PER_BYTE = 0.4e-6
+TICK_S = 0.2
+# Two cores took 11 s for 50 MB and 65,536 pieces: SentencePiece 0.2.3.
+LEARN_S_PER_BYTE = 0.22e-6
 
 
 class Sample:
@@ -45,6 +44,7 @@ class Sample:
         self.source_bytes: dict[str, int] = {}
         self.documents = 0
         self.probe: list[str] = []
+        self.is_complete = threading.Event()
         self._config = config
         self._hash = hashlib.sha256()
 
@@ -64,15 +64,17 @@ class Sample:
         sizes = {name: sum(p.stored_bytes for p in source) for name, source in parts.items()}
         shares = source_shares(self._config, sizes)
         number = 0
-        for name, source in parts.items():
-            self.source_bytes[name] = 0
-            for text in self._texts(source, int(self.train_bytes * shares[name])):
-                self._hash.update(text.encode())
-                for chunk in cut_at_blank_lines(text, CHUNK_CHARACTERS):
-                    if number % PROBE_EVERY_CHUNKS == 0:
-                        self.probe.append(chunk)
-                    number += 1
-                    yield chunk
+        with Progress("reading", self.train_bytes) as progress:
+            for name, source in parts.items():
+                self.source_bytes[name] = 0
+                for text in self._texts(source, int(self.train_bytes * shares[name])):
+                    for chunk in cut_at_blank_lines(text, CHUNK_CHARACTERS):
+                        if number % PROBE_EVERY_CHUNKS == 0:
+                            self.probe.append(chunk)
+                        number += 1
+                        yield chunk
+                    progress.advance(steps=self.bytes - progress.done)
+        self.is_complete.set()
 
     def _texts(self, parts: list[Part], quota: int) -> Iterator[str]:
         """Documents of a source up to its quota, which its parts share by their size."""
@@ -82,18 +84,37 @@ class Sample:
             left -= part.stored_bytes
             taken = 0
             for document in read_documents(part, self._config) if allowance else ():
-                taken += len(document.text.encode())
+                content = document.text.encode()
+                taken += len(content)
                 self.documents += 1
-                self.source_bytes[part.source] += len(document.text.encode())
+                self.source_bytes[part.source] += len(content)
+                self._hash.update(content)
                 yield document.text
                 if taken >= allowance:
                     break
             quota -= taken
 
 
+def source_shares(config: DataConfig, sizes: dict[str, int]) -> dict[str, float]:
+    """Each source's share of the sample: by the weights, or without any by the sizes.
+
+    Raises ConfigError if only some sources have a weight.
+    """
+    weights = {name: config.sources[name].weight for name in config.sources}
+    given = {name: weight for name, weight in weights.items() if weight is not None}
+    if given and len(given) < len(sizes):
+        raise ConfigError(
+            f"data.sources: {sorted(set(sizes) - set(given))} have no weight and the others do; "
+            "give all of them one, or none."
+        )
+    amounts = given or {name: float(size) for name, size in sizes.items()}
+    total = sum(amounts.values()) or 1.0
+    return {name: amounts[name] / total for name in sizes}
+
+
 def train_bytes(config: TokenizerConfig) -> int:
     """How much text pieces are learned from."""
-    return config.train_bytes or 2000 * config.vocabulary_size
+    return config.train_bytes or BYTES_PER_PIECE * config.vocabulary_size
 
 
 def training_settings(config: TokenizerConfig, data: DataConfig) -> dict[str, Any]:
@@ -121,7 +142,7 @@ def train(config: TokenizerConfig, data: DataConfig) -> tuple[bytes, Sample]:
     sample = Sample(data, train_bytes(config))
     learned = config.vocabulary_size - RESERVED
     buffer = io.BytesIO()
-    with _reports(sample):
+    with _learning_progress(sample):
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=sample.chunks(),
@@ -138,12 +159,12 @@ def train(config: TokenizerConfig, data: DataConfig) -> tuple[bytes, Sample]:
     if len(model.pieces) < learned:
         raise DataError(
             f"tokenizer.vocabulary_size={config.vocabulary_size} is more than {sample.bytes} bytes "
-            f"of text give: at most {len(model.pieces) + RESERVED}. Choose that or less, or add text."
+            f"of text give: at most {len(model.pieces) + RESERVED}. Choose that, or add text."
         )
     return _with_special_pieces(model, config.vocabulary_size), sample
 
 
-TRAINER = {
+TRAINER: dict[str, Any] = {
     "model_type": "bpe",
     "byte_fallback": True,
     "split_digits": True,
@@ -171,8 +192,8 @@ def _training_error(error: RuntimeError, sample: Sample, config: TokenizerConfig
     if needed:
         return DataError(
             f"tokenizer.vocabulary_size={config.vocabulary_size} is too small: the single bytes, "
-            f"characters and special tokens alone need {int(needed[1]) + RESERVED}. Choose more, or "
-            f"lower tokenizer.character_coverage={config.character_coverage}."
+            f"characters and special tokens alone need {int(needed[1]) + RESERVED}. Choose more, "
+            f"or lower tokenizer.character_coverage={config.character_coverage}."
         )
     return DataError(f"SentencePiece cannot learn from {sample.bytes} bytes of text: {error}")
 
@@ -195,32 +216,25 @@ def _with_special_pieces(model: Any, vocabulary_size: int) -> bytes:
 
 
 @contextmanager
-def _reports(sample: Sample) -> Iterator[None]:
-    """Logs progress and time left every few seconds, from a thread: the trainer has no callback."""
-    done = threading.Event()
-    reporter = threading.Thread(target=_report, args=(sample, done), daemon=True)
-    reporter.start()
+def _learning_progress(sample: Sample) -> Iterator[None]:
+    """Shows time left once the text is read; from a thread, since the trainer has no callback."""
+    finished = threading.Event()
+    thread = threading.Thread(target=_show_learning, args=(sample, finished), daemon=True)
+    thread.start()
     try:
         yield
     finally:
-        done.set()
-        reporter.join()
+        finished.set()
+        sample.is_complete.set()
+        thread.join()
 
 
-def _report(sample: Sample, done: threading.Event) -> None:
-    start, bytes_before, learning_since = time.monotonic(), -1, 0.0
-    while not done.wait(REPORT_EVERY_S):
-        now, read = time.monotonic(), sample.bytes
-        if read > bytes_before:
-            bytes_before, learning_since = read, now
-            left = (now - start) * max(sample.train_bytes - read, 0) / max(read, 1)
-            expected = LEARN_S_PER_BYTE * sample.train_bytes
-            log.info(
-                "reading text: %.1f of %.1f MB, about %.0f s left, then about %.0f s of learning",
-                read / 1e6, sample.train_bytes / 1e6, left, expected,
-            )  # fmt: skip
-        else:
-            elapsed = now - learning_since
-            left = LEARN_S_PER_BYTE * read - elapsed
-            outlook = f"about {left:.0f} s left" if left > 0 else "longer than expected"
-            log.info("learning pieces from %.1f MB: %.0f s, %s", read / 1e6, elapsed, outlook)
+def _show_learning(sample: Sample, finished: threading.Event) -> None:
+    sample.is_complete.wait()
+    if finished.is_set():
+        return
+    ticks = int(LEARN_S_PER_BYTE * sample.bytes / TICK_S) + 1
+    with Progress("learning", ticks) as progress:
+        # Past the expected time the bar stays just short of its end.
+        while not finished.wait(TICK_S):
+            progress.advance(steps=int(progress.done < ticks - 1))
