@@ -30,7 +30,7 @@ from pretrain.engine.trial import take_trial_step
 from pretrain.engine.world import join, leave
 from pretrain.errors import ConfigError, DataError, PretrainError
 from pretrain.loop.config import WandbMode
-from pretrain.loop.wandb_sink import has_key
+from pretrain.loop.wandb_sink import choose_mode
 from pretrain.paths import config_source
 
 SLURM_COMMANDS = ("sbatch", "srun", "squeue", "scontrol")
@@ -196,13 +196,11 @@ def check_run_folder(config: TrainConfig) -> Iterator[Finding]:
 
 def check_tracking(config: TrainConfig) -> Iterator[Finding]:
     """Whether W&B would go online; training never depends on it."""
-    wish = config.logging.wandb
-    if wish is not WandbMode.auto:
-        yield Finding(Status.ok, "wandb", f"logging.wandb={wish.value}")
-    elif has_key():
-        yield Finding(Status.ok, "wandb", "there is a key: online")
-    else:
-        yield Finding(Status.ok, "wandb", "no key: records stay on this machine")
+    mode = choose_mode(config.logging)
+    detail = f"{mode} (logging.wandb={config.logging.wandb.value})"
+    if mode == "offline" and config.logging.wandb is WandbMode.auto:
+        detail += "; set WANDB_API_KEY to go online"
+    yield Finding(Status.ok, "wandb", detail)
 
 
 def check_data(config: TrainConfig) -> Iterator[Finding]:

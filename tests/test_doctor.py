@@ -52,7 +52,11 @@ def doctor(tmp_path, *overrides, **environ):
 def test_machine_without_shards_is_told_to_build_them_and_secrets_stay_secret(tmp_path):
     """Everything else is in order here: one real step is taken, in bf16 and under ZeRO-2."""
     result = doctor(
-        tmp_path, "engine=zero2-bf16", "engine.device=cpu", WANDB_API_KEY="a-secret-of-forty"
+        tmp_path,
+        "engine=zero2-bf16",
+        "engine.device=cpu",
+        WANDB_API_KEY="a-secret-of-forty",
+        WANDB_MODE="online",
     )
     assert result.returncode == 65
     assert "missing shards" in result.stdout
@@ -60,7 +64,7 @@ def test_machine_without_shards_is_told_to_build_them_and_secrets_stay_secret(tm
     assert "1 of" in result.stderr
     assert "keep this machine from training tiny: shards." in result.stderr
     assert "trial step    cpu, bf16, ZeRO-2: loss 6." in result.stdout
-    assert "there is a key" in result.stdout
+    assert "wandb         online (logging.wandb=auto)" in result.stdout
     assert "a-secret" not in result.stdout + result.stderr
     assert not list(tmp_path.iterdir()), "doctor left something behind"
 
@@ -123,10 +127,16 @@ def test_batch_is_checked_against_this_hosts_ranks(config):
     assert "micro_rows=3" in finding.detail
 
 
-def test_tracking_never_blocks(config, monkeypatch, tmp_path):
+def test_tracking_never_blocks_and_says_where_records_go(config, monkeypatch, tmp_path):
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    details = {}
     for mode in WandbMode:
         logging = dataclasses.replace(config.logging, wandb=mode)
         (finding,) = check_tracking(dataclasses.replace(config, logging=logging))
         assert finding.status is Status.ok
+        details[mode] = finding.detail
+    assert details[WandbMode.auto].startswith("offline")
+    assert "WANDB_API_KEY" in details[WandbMode.auto]
+    assert details[WandbMode.disabled].startswith("disabled")
