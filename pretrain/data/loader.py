@@ -7,6 +7,7 @@ takes in turn, so the stream does not depend on the number of workers.
 
 # B rows  S tokens in a stored row, context + 1
 import logging
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -152,6 +153,7 @@ def _deliver(pipeline: Any, store: ShardStore, workers: int) -> Iterator[Batch]:
             num_workers=workers,
             collate_fn=_as_it_is,
             multiprocessing_context="fork",
+            worker_init_fn=_leave_signals_to_the_parent,
         )
     try:
         for item in loader:
@@ -203,6 +205,15 @@ def _batch(stored: StoredRows) -> Batch:
     for row, lengths in zip(documents, stored.lengths, strict=True):
         row[: lengths.sum()] = np.repeat(np.arange(len(lengths)), lengths)
     return Batch(stored.first_row, torch.from_numpy(tokens), torch.from_numpy(documents))
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """SLURM signals every process of a step; only training decides when its workers end.
+
+    They end with their parent: the DataLoader's worker loop watches for it.
+    """
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def valid_rows(config: DataConfig, *, rows: int, rank: int, ranks: int) -> Batch:
