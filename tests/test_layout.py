@@ -39,13 +39,12 @@ def layer(name: str) -> int:
     if parts[0] == "pretrain_kernels":
         return LAYERS["pretrain_kernels"]
     if parts[0] == "pretrain" and len(parts) > 1:
-        is_command = parts[1:] in (["data", "build"], ["data", "tokenizer"])
-        return 4 if is_command else LAYERS.get(parts[1], 4)
+        return LAYERS.get(parts[1], 4)
     return -1
 
 
 # what configuration is made of, and what a command's main takes: known to every layer
-BELOW_ALL = {"pretrain.errors", "pretrain.paths", "pretrain.config"}
+BELOW_ALL = {"pretrain", "pretrain.errors", "pretrain.paths", "pretrain.config", "pretrain.compose"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_name)

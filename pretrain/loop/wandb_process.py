@@ -86,7 +86,7 @@ def _init(start: dict[str, Any], mode: Literal["online", "offline"]) -> wandb.Ru
 
 
 def _report(reports: TextIO, level: int, message: str) -> None:
-    print(json.dumps({"level": level, "message": " ".join(message.split())}), file=reports)
+    reports.write(json.dumps({"level": level, "message": " ".join(message.split())}) + "\n")
 
 
 if __name__ == "__main__":
