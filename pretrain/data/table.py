@@ -33,4 +33,5 @@ def print_manifest(manifest: Manifest, location: str) -> None:
         f"{tokens:,} tokens to train on, context {manifest.context}, {manifest.dtype}, "
         f"vocabulary {manifest.tokenizer.vocabulary_size}, fingerprint {manifest.fingerprint[:16]}",
         highlight=False,
+        soft_wrap=True,
     )
