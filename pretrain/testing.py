@@ -1,6 +1,7 @@
 """What tests of several processes need: real ranks, and configurations small enough for them."""
 
 import contextlib
+import gc
 import importlib.util
 import inspect
 import os
@@ -11,7 +12,8 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,14 @@ from pretrain.loop.config import (
 from pretrain.model.config import DepthConfig, Law, ModelConfig
 from pretrain.optim.config import EllisAdamConfig, ScheduleConfig
 
+# torch imports its compiler when the first optimizer is made, DeepSpeed when it looks for Muon.
+PRELOADED = (
+    "pretrain.testing",
+    "pretrain.engine.deepspeed",
+    "torch._dynamo",
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+)
 POLL_S = 0.02
 # After one rank has failed the others are given this long to fail of it themselves.
 GRACE_S = 2.0
@@ -46,7 +56,8 @@ def run_ranks(
 
     `function` must stand at the top of its file; arguments and results must be picklable. Raises
     RanksError with the traceback of every rank that failed. Only processes started here are
-    ever killed. A start costs some seconds (torch is imported), so put many cases into one.
+    ever killed. The first call of a session imports torch and DeepSpeed into a server (some ten
+    seconds); each rank is a fork of it.
     """
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         processes: list[BaseProcess] = []
@@ -74,7 +85,7 @@ def _start(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = get_context("spawn")
+    context = _fork_server()
     source = Path(inspect.getfile(function)).resolve()
     for rank in range(ranks):
         place = {
@@ -92,11 +103,31 @@ def _start(
         processes.append(process)
 
 
+def _fork_server() -> ForkServerContext:
+    """A process that has imported what ranks need, on a CPU with one thread, and forks them."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    wanted = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+    return context
+
+
 def _child(
     source: Path, name: str, args: tuple[Any, ...], place: dict[str, str], folder: Path
 ) -> None:
     """One rank: write ("", result) or (traceback, None), then end without interpreter shutdown."""
     os.environ.update(place)
+    # DeepSpeed collects garbage over and over; what the server imported is none.
+    gc.freeze()
     outcome: tuple[str, Any] = ("", None)
     try:
         function = _load(source, name)
@@ -155,7 +186,7 @@ def tiny_engine(**changes: Any) -> EngineConfig:
 
 
 def tiny_config(**changes: Any) -> TrainConfig:
-    """A whole configuration of a model of some 20,000 parameters; `changes` replace sections."""
+    """A whole configuration of a model of some 28,000 parameters; `changes` replace sections."""
     values: dict[str, Any] = {
         "run": RunConfig(name="tiny", dir="unused", seed=0, steps=4, tokens=None),
         "model": ModelConfig(
@@ -166,12 +197,12 @@ def tiny_config(**changes: Any) -> TrainConfig:
             prelude_layers=1,
             core_layers=2,
             coda_layers=1,
-            vocabulary_size=61,
+            vocabulary_size=323,
             context=8,
         ),
         "depth": DepthConfig(law=Law.poisson_lognormal, mean=4, backprop=3),
         "data": DataConfig(name="tiny", corpus=Corpus.embedded, shards="unused", context=8),
-        "tokenizer": TokenizerConfig(path="unused", vocabulary_size=61),
+        "tokenizer": TokenizerConfig(path="unused", vocabulary_size=323),
         "batch": BatchConfig(global_tokens=16 * 8, micro_rows=2),
         "optimizer": EllisAdamConfig(name="ellis-adam", learning_rate=0.01, weight_decay=0.01),
         "schedule": ScheduleConfig(warmup_tokens=0, cooldown_tokens=0),

@@ -59,6 +59,8 @@ class World:
 
     def sum(self, values: list[float]) -> list[float]:
         """Element-wise sums over ranks, in fp64."""
+        if self.size == 1:
+            return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return [float(value) for value in total.tolist()]
@@ -74,12 +76,16 @@ class World:
 
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's value."""
+        if self.size == 1:
+            return value
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's value, in order of rank, on every rank."""
+        if self.size == 1:
+            return [value]
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
@@ -104,12 +110,17 @@ def join(config: EngineConfig) -> World:
     dist.init_process_group(
         backend,
         init_method=place.meeting or None,
-        store=None if place.meeting else torch.distributed.HashStore(),
+        store=None if place.meeting else _lone_store(),
         rank=place.rank,
         world_size=place.size,
         timeout=timeout,
     )
     return World(place.rank, place.size, place.local_rank, device)
+
+
+def _lone_store() -> Any:
+    """A rendezvous for a process that meets nobody: no port."""
+    return dist.HashStore()  # type: ignore[attr-defined]
 
 
 def leave(world: World) -> None:

@@ -59,7 +59,17 @@ RESUMED = {
             "optimizer": "adamw",
         },
     ],
-    3: [],
+    3: [
+        {"name": "to1", "source": "zero1", "stage": 1, "only_load": True},
+        {"name": "to3", "source": "zero1", "stage": 3, "only_load": True},
+        {
+            "name": "bf16to2",
+            "source": "zero3-bf16",
+            "stage": 2,
+            "precision": "bf16",
+            "only_load": True,
+        },
+    ],
     4: [
         {"name": "to2", "source": "zero1", "stage": 2},
         {"name": "to3", "source": "zero1", "stage": 3},
@@ -91,7 +101,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(folder: Path) -> Found:
     results = {}
-    for ranks in (2, 1, 4):
+    for ranks in (2, 1, 3, 4):
         plan: dict[str, Any] = {
             "folder": str(folder),
             "cases": [case for case in MATRIX if case["ranks"] == ranks],
@@ -174,7 +184,9 @@ def test_any_topology_loads_the_same_bits(found: Found, ranks: int, index: int) 
     for key, value in saved["saved"].items():
         assert torch.equal(resumed["loaded"][key], value), key
     is_bf16 = case.get("precision") == "bf16"
-    for ours, theirs in zip(resumed["results"], saved["results"], strict=True):
+    # What remains of the run, unless it was only loaded (16 rows do not divide by 3 ranks).
+    assert bool(resumed["results"]) != bool(case.get("only_load"))
+    for ours, theirs in zip(resumed["results"], saved["results"], strict=False):
         assert ours[0] == pytest.approx(theirs[0], rel=2e-3 if is_bf16 else 1e-5)
 
 
