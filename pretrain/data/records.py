@@ -171,7 +171,7 @@ def read_parquet(file: BinaryIO, name: str, text_key: str) -> Iterator[Record]:
         if column not in columns:
             raise _missing_key(name, text_key, columns)
         for batch in table.iter_batches(batch_size=1024, columns=[column]):
-            for row in batch.to_pylist():
+            for row in _rows(batch, f"{name}, rows {number} to {number + len(batch) - 1}"):
                 yield _record(number, row, f"{name}, row {number}", text_key)
                 number += 1
     except (pyarrow.ArrowException, OSError) as error:
@@ -179,6 +179,14 @@ def read_parquet(file: BinaryIO, name: str, text_key: str) -> Iterator[Record]:
             f"{name}: is no parquet file, or damaged after {number} rows ({error}); copy it again, "
             "or remove it."
         ) from error
+
+
+def _rows(batch: Any, where: str) -> list[dict[str, Any]]:
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+    except UnicodeDecodeError as error:
+        raise _not_utf8(where, error.start, error.object[error.start]) from error
+    return rows
 
 
 def _record(number: int, record: dict[str, Any], where: str, text_key: str) -> Record:

@@ -80,19 +80,21 @@ class Tokenizer:
         """
         segments = list(_segments(text))
         try:
-            return self._join(segments, (self._processor.encode(segment) for segment in segments))
+            encoded = (self._processor.encode(segment.encode()) for segment in segments)
+            return self._join(segments, encoded)
         except UnicodeEncodeError as error:
             raise _lone_surrogate(error) from error
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
         """Ids of each text as `encode` gives them, on several threads (0: one per core)."""
         segments = [list(_segments(text)) for text in texts]
-        flat = [segment for segments_of_text in segments for segment in segments_of_text]
         try:
-            encoded = iter(self._processor.encode(flat, num_threads=threads or os.cpu_count() or 1))
+            flat = [segment.encode() for of_text in segments for segment in of_text]
         except UnicodeEncodeError as error:
             raise _lone_surrogate(error) from error
-        return [self._join(segments_of_text, encoded) for segments_of_text in segments]
+        threads = threads or os.cpu_count() or 1
+        encoded = iter(self._processor.encode(flat, num_threads=threads))
+        return [self._join(of_text, encoded) for of_text in segments]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; special ids say nothing, bytes that are no UTF-8 become U+FFFD."""

@@ -1,0 +1,166 @@
+"""Finding files and reading them: sources, ids, shares, and what is refused."""
+
+import gzip
+import json
+import logging
+import pickle
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from pretrain.data.config import Corpus, DataConfig, SourceConfig
+from pretrain.data.sources import Document, find_parts, read_documents
+from pretrain.errors import DataError
+
+
+def files_config(root: object, **values: object) -> DataConfig:
+    return DataConfig(
+        name="mine", corpus=Corpus.files, root=str(root), shards="unused", context=8, **values
+    )  # type: ignore[arg-type]
+
+
+def read_all(config: DataConfig) -> dict[str, list[Document]]:
+    parts = find_parts(config)
+    return {
+        name: [document for part in source for document in read_documents(part, config)]
+        for name, source in parts.items()
+    }
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Two folders with text, a README, a hidden folder, and a file beside them."""
+    for folder in ("prose/deep", "code", ".git"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "prose/b.txt").write_text("b")
+    (tmp_path / "prose/a.txt").write_text("a")
+    (tmp_path / "prose/deep/c.txt").write_text("c")
+    (tmp_path / ".git/config.txt").write_text("hidden")
+    (tmp_path / "README.md").write_text("about")
+    rows = [{"text": "x = 1\n"}, {"text": ""}, {"text": "y = 2\n"}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "code/d.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    return tmp_path
+
+
+def test_every_folder_below_the_root_is_a_source(corpus: Path) -> None:
+    assert read_all(files_config(corpus)) == {
+        "code": [
+            Document("code/code/d.jsonl.gz#0", "x = 1\n"),
+            Document("code/code/d.jsonl.gz#2", "y = 2\n"),
+        ],
+        "prose": [
+            Document("prose/prose/a.txt#0", "a"),
+            Document("prose/prose/b.txt#0", "b"),
+            Document("prose/prose/deep/c.txt#0", "c"),
+        ],
+    }
+
+
+def test_files_beside_the_folders_are_a_source_named_like_the_corpus(corpus: Path) -> None:
+    (corpus / "top.txt").write_text("top")
+    assert read_all(files_config(corpus))["mine"] == [Document("mine/top.txt#0", "top")]
+
+
+def test_other_files_are_counted_in_one_warning(
+    corpus: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (corpus / "prose/MANIFEST.json").write_text("{}")
+    with caplog.at_level(logging.WARNING):
+        find_parts(files_config(corpus))
+    (record,) = caplog.records
+    assert "ignored 2 files that are none of .txt" in record.getMessage()
+
+
+def test_globs_choose_files_and_a_source_has_its_own_text_key(corpus: Path) -> None:
+    (corpus / "code/e.jsonl").write_text('{"body": "z"}\n')
+    sources = {
+        "flat": SourceConfig(paths=["prose/*.txt"]),
+        "all": SourceConfig(paths=["prose/**/*", "prose/b.txt"]),
+        "bodies": SourceConfig(paths=["**/*.jsonl"], text_key="body"),
+    }
+    found = read_all(files_config(corpus, sources=sources))
+    texts = {name: [d.text for d in documents] for name, documents in found.items()}
+    assert texts == {"all": ["a", "b", "c"], "bodies": ["z"], "flat": ["a", "b"]}
+    assert list(find_parts(files_config(corpus, sources=sources))) == ["all", "bodies", "flat"]
+
+
+def test_an_object_store_is_read_like_a_folder() -> None:
+    system = fsspec.filesystem("memory")
+    system.pipe("/raw/prose/a.txt", b"in memory")
+    try:
+        assert read_all(files_config("memory://raw")) == {
+            "prose": [Document("prose/prose/a.txt#0", "in memory")]
+        }
+    finally:
+        system.rm("/raw", recursive=True)
+
+
+def test_a_root_with_glob_characters_in_its_name_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a[1]*" / "s").mkdir(parents=True)
+    (tmp_path / "a[1]*" / "s" / "t.txt").write_text("t")
+    config = files_config(tmp_path / "a[1]*", sources={"s": SourceConfig(paths=["s/*.txt"])})
+    assert [d.text for d in read_all(config)["s"]] == ["t"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        (["poems/**/*"], r"data.sources.s: no file of .txt.* matches \['poems/\*\*/\*'\]"),
+        ([], r"data.sources.s: no file .* matches \[\]"),
+        (["*.md"], "data.sources.s: \\*.md matches README.md, which is none of .txt"),
+    ],
+)
+def test_a_source_without_text_is_refused(corpus: Path, paths: list[str], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        find_parts(files_config(corpus, sources={"s": SourceConfig(paths=paths)}))
+
+
+def test_a_corpus_without_text_is_refused(tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    with pytest.raises(DataError, match=r"data.root=.*missing is no folder"):
+        find_parts(files_config(missing))
+    (tmp_path / "README.md").write_text("about")
+    with pytest.raises(DataError, match=r"none of its 1 files is one of .txt"):
+        find_parts(files_config(tmp_path))
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(DataError, match="all its 1 data files are empty"):
+        find_parts(files_config(tmp_path))
+
+
+def test_an_unknown_protocol_is_refused() -> None:
+    with pytest.raises(DataError, match=r"data.root=nowhere://raw cannot be opened: .*nowhere"):
+        find_parts(files_config("nowhere://raw"))
+
+
+def test_a_lone_surrogate_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "ab\\ud83d"}\n')
+    with pytest.raises(DataError, match=r"mine/a.jsonl#0: character 2 is the lone surrogate"):
+        read_all(files_config(tmp_path))
+
+
+def test_a_file_that_vanished_is_named(corpus: Path) -> None:
+    config = files_config(corpus)
+    part = find_parts(config)["prose"][1]
+    (corpus / "prose/b.txt").unlink()
+    with pytest.raises(DataError, match=r"prose/b.txt: .*lost a file"):
+        list(read_documents(part, config))
+
+
+def test_max_bytes_is_shared_by_size_and_ends_each_part(tmp_path: Path) -> None:
+    line = json.dumps({"text": "0123456789"}) + "\n"
+    (tmp_path / "large.jsonl").write_text(line * 300)
+    (tmp_path / "small.jsonl").write_text(line * 100)
+    config = files_config(tmp_path, max_bytes=400)
+    large, small = find_parts(config)["mine"]
+    assert (large.max_bytes, small.max_bytes) == (300, 100)
+    assert len(list(read_documents(large, config))) == 30
+    assert len(list(read_documents(small, config))) == 10
+
+
+def test_parts_travel_between_processes(corpus: Path) -> None:
+    parts = find_parts(files_config(corpus))
+    assert pickle.loads(pickle.dumps(parts)) == parts
+    assert [part.index for part in parts["prose"]] == [0, 1, 2]
+    assert [part.stored_bytes for part in parts["prose"]] == [1, 1, 1]
