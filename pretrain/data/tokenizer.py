@@ -12,15 +12,17 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sentencepiece
 
 from pretrain import __version__
 from pretrain.config import TrainConfig
 from pretrain.data.special_ids import SpecialIds, special_ids, special_names
-from pretrain.data.tokenizer_training import Sample, train, training_settings
 from pretrain.errors import DataError
+
+if TYPE_CHECKING:
+    from pretrain.data.tokenizer_training import Sample
 
 log = logging.getLogger(__name__)
 
@@ -209,6 +211,9 @@ def main(config: TrainConfig) -> None:
 
     Raises DataError if tokenizer.path holds one that was trained with other settings.
     """
+    # whoever only uses a tokenizer needs none of the readers of raw text
+    from pretrain.data.tokenizer_training import train, training_settings
+
     folder = Path(config.tokenizer.path)
     settings = training_settings(config.tokenizer, config.data)
     if folder.is_dir() and any(folder.iterdir()):
@@ -241,7 +246,7 @@ def _check_settings(wanted: dict[str, Any], found: dict[str, Any], folder: Path)
         )
 
 
-def _describe(settings: dict[str, Any], sample: Sample) -> dict[str, Any]:
+def _describe(settings: dict[str, Any], sample: "Sample") -> dict[str, Any]:
     return {
         "settings": settings,
         "corpus": {
