@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from errno import ENOSPC
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 5
 TIMEOUT_S = 60.0
 CHUNK_BYTES = 1 << 20
+STALE_S = 24 * 3600.0
 
 
 def is_url(location: str) -> bool:
@@ -96,7 +97,7 @@ class ShardCache:
             if path.exists():
                 os.utime(path)
                 return path
-            self._make_room(size)
+            self._check_capacity(size)
             self._download(url, path, sha256=sha256, size=size)
         return path
 
@@ -106,24 +107,34 @@ class ShardCache:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def _make_room(self, size: int) -> None:
+    def _check_capacity(self, size: int) -> None:
         if size > self._capacity_bytes:
             raise DataError(
                 f"A shard has {size} bytes, data.cache_bytes={self._capacity_bytes} is smaller; "
                 "raise it to some hundred shards, or copy the shards to a folder."
             )
+
+    def _publish(self, temporary: Path, path: Path, size: int) -> None:
+        """Remove the least recently used copies that are too many, and name the new one."""
         with self._locked("room"):
+            # what downloads that were killed have left
+            for partial in self._folder.glob("*.part"):
+                # another process may publish or remove its own meanwhile
+                with suppress(FileNotFoundError):
+                    if time.time() - partial.stat().st_mtime > STALE_S:
+                        partial.unlink()
             copies = []
-            for path in self._folder.glob("*.tar"):
-                status = path.stat()
-                copies.append((status.st_mtime_ns, path, status.st_size))
+            for copy in self._folder.glob("*.tar"):
+                status = copy.stat()
+                copies.append((status.st_mtime_ns, copy, status.st_size))
             excess = sum(copy[2] for copy in copies) + size - self._capacity_bytes
-            for _, path, freed in sorted(copies):
+            for _, copy, freed in sorted(copies):
                 if excess <= 0:
-                    return
+                    break
                 # a reader that has it open keeps it; one that comes back fetches it again
-                path.unlink(missing_ok=True)
+                copy.unlink(missing_ok=True)
                 excess -= freed
+            os.replace(temporary, path)
 
     def _download(self, url: str, path: Path, *, sha256: str, size: int) -> None:
         for attempt in range(1, ATTEMPTS + 1):
@@ -157,7 +168,7 @@ class ShardCache:
                     f"received {received} bytes with sha256 {digest.hexdigest()[:16]}..., "
                     f"the manifest says {size} with {sha256[:16]}..."
                 )
-            os.replace(temporary, path)
+            self._publish(temporary, path, size)
             return None
         except OSError as error:
             if error.errno == ENOSPC:

@@ -123,6 +123,16 @@ def test_the_least_recently_used_copy_makes_room(server, tmp_path):
     assert (a.exists(), b.exists(), c.exists()) == (True, False, True)
 
 
+def test_what_a_killed_download_left_is_cleared_away(server, tmp_path):
+    cache = cache_in(tmp_path)
+    stale, young = tmp_path / "cache" / "a.part", tmp_path / "cache" / "b.part"
+    for path in (stale, young):
+        path.write_bytes(b"half")
+    os.utime(stale, (1, 1))
+    cache.fetch(f"{server.url}/a.tar", **publish(tmp_path, "a.tar"))
+    assert (stale.exists(), young.exists()) == (False, True)
+
+
 def test_a_shard_larger_than_the_cache_is_refused(server, tmp_path):
     expected = publish(tmp_path, "a.tar")
     with pytest.raises(DataError, match=r"4992 bytes, data\.cache_bytes=100"):
