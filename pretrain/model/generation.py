@@ -6,7 +6,8 @@ and sampling draws are keyed by row and position, so splitting a batch changes n
 
 # B rows  T tokens  D width  V vocabulary
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
@@ -29,6 +30,40 @@ class StateStart(Enum):
     random = "random"
     zeros = "zeros"
     warm = "warm"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decoding:
+    """How to continue a prompt. Raises ConfigError for values out of range."""
+
+    num_steps: int
+    """Iterations of the core for every token."""
+    max_new_tokens: int
+    """Stop after so many tokens."""
+    temperature: float = 0.0
+    """Divides the logits; 0 takes the likeliest token."""
+    top_k: int | None = None
+    """Choose among the k likeliest tokens."""
+    top_p: float | None = None
+    """Choose among the likeliest tokens whose probabilities sum to at least p."""
+    seed: int = 0
+    """Key of initial states and sampling draws."""
+    stop_ids: Collection[int] = ()
+    """A row ends with the first of these."""
+    start: StateStart = StateStart.random
+    """Where each token's recurrence starts."""
+    shared_iterations: int | None = None
+    """Bounds the cache to so many iterations (see `KeyValueCache`)."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "max_new_tokens", "top_k", "shared_iterations"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1.")
+        if not self.temperature >= 0.0:
+            raise ConfigError(f"temperature={self.temperature} must be 0 (greedy) or above.")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(f"top_p={self.top_p} must lie in (0, 1], or be null.")
 
 
 class Decoder:
@@ -84,7 +119,7 @@ class Decoder:
 
 def generate(
     model: RecurrentModel,
-    prompts: Sequence[Sequence[int]],
+    prompt_ids: Sequence[int],
     *,
     num_steps: int,
     max_new_tokens: int,
@@ -92,66 +127,77 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
-    stop_ids: Sequence[int] = (),
+    stop_ids: Collection[int] = (),
     start: StateStart = StateStart.random,
-    shared_iterations: int | None = None,
+) -> Iterator[int]:
+    """The tokens that follow one prompt, one by one; options as in `Decoding`."""
+    options = Decoding(
+        num_steps=num_steps,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop_ids=stop_ids,
+        start=start,
+    )
+    steps = generate_rows(model, [prompt_ids], options)
+    return (token for (token,) in steps if token is not None)
+
+
+def generate_rows(
+    model: RecurrentModel, prompts: Sequence[Sequence[int]], options: Decoding
 ) -> Iterator[list[int | None]]:
     """The next token of every row, step by step; None for rows that have met a stop id.
 
-    Temperature 0 takes the likeliest token. top_k keeps the k likeliest, top_p the likeliest whose
-    probabilities sum to at least p. shared_iterations bounds the cache (see `KeyValueCache`).
-    Raises ConfigError for prompts of unequal length, beyond the context, or bad options.
+    Raises ConfigError for prompts of unequal length, beyond the context or the vocabulary.
     """
-    _check_prompts(model, prompts, max_new_tokens)
-    _check_options(num_steps, max_new_tokens, temperature, top_k, top_p)
+    _check_prompts(model, prompts, options.max_new_tokens)
     decoder = Decoder(
         model,
-        num_steps=num_steps,
-        capacity=len(prompts[0]) + max_new_tokens,
-        start=start,
-        seed=seed,
-        shared_iterations=shared_iterations,
+        num_steps=options.num_steps,
+        capacity=len(prompts[0]) + options.max_new_tokens,
+        start=options.start,
+        seed=options.seed,
+        shared_iterations=options.shared_iterations,
     )
-
-    def choose(logits_BV: Tensor) -> Tensor:
-        if temperature == 0.0:
-            return logits_BV.argmax(-1)
-        draws_B = _draws(seed, rows=len(prompts), position=decoder.cache.length)
-        return sample(
-            logits_BV,
-            draws_B.to(logits_BV.device),
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-        )
-
     tokens_BT = torch.tensor([list(prompt) for prompt in prompts])
-    tokens_BT = tokens_BT.to(model.embedding.weight.device)
-    return _steps(decoder, tokens_BT, choose, max_new_tokens, frozenset(stop_ids))
+    return _steps(decoder, tokens_BT.to(model.embedding.weight.device), options)
 
 
 def collect(steps: Iterable[Sequence[int | None]]) -> list[list[int]]:
-    """The new tokens of every row, a stop id included, from what `generate` yields."""
+    """The new tokens of every row, a stop id included, from what `generate_rows` yields."""
     rows = zip(*steps, strict=True)
     return [[token for token in row if token is not None] for row in rows]
 
 
-def _steps(
-    decoder: Decoder,
-    tokens_BT: Tensor,
-    choose: Callable[[Tensor], Tensor],
-    max_new_tokens: int,
-    stop_ids: frozenset[int],
-) -> Iterator[list[int | None]]:
+def _steps(decoder: Decoder, tokens_BT: Tensor, options: Decoding) -> Iterator[list[int | None]]:
     is_done = [False] * tokens_BT.shape[0]
-    for _ in range(max_new_tokens):
-        chosen_B = choose(decoder.read(tokens_BT))
+    for _ in range(options.max_new_tokens):
+        logits_BV = decoder.read(tokens_BT)
+        chosen_B = _choose(logits_BV, options, position=decoder.cache.length)
         chosen: list[int] = chosen_B.tolist()
         yield [None if done else token for token, done in zip(chosen, is_done, strict=True)]
-        is_done = [done or token in stop_ids for token, done in zip(chosen, is_done, strict=True)]
+        is_done = [
+            done or token in options.stop_ids for token, done in zip(chosen, is_done, strict=True)
+        ]
         if all(is_done):
             return
         tokens_BT = chosen_B[:, None]
+
+
+def _choose(logits_BV: Tensor, options: Decoding, *, position: int) -> Tensor:
+    if options.temperature == 0.0:
+        return logits_BV.argmax(-1)
+    counter = torch.tensor([position], dtype=torch.int32)
+    keys = [make_key("sample", options.seed, row) for row in range(logits_BV.shape[0])]
+    return sample(
+        logits_BV,
+        torch.cat([uniforms(key, counter) for key in keys]).to(logits_BV.device),
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+    )
 
 
 def sample(
@@ -178,11 +224,6 @@ def sample(
     return ids_BV.gather(-1, ranks_B1.clamp_(max=ids_BV.shape[-1] - 1))[:, 0]
 
 
-def _draws(seed: int, *, rows: int, position: int) -> Tensor:
-    counter = torch.tensor([position], dtype=torch.int32)
-    return torch.cat([uniforms(make_key("sample", seed, row), counter) for row in range(rows)])
-
-
 def _check_prompts(
     model: RecurrentModel, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> None:
@@ -205,22 +246,3 @@ def _check_prompts(
             f"prompt ids from {lowest} to {highest} leave the vocabulary of "
             f"{config.vocabulary_size}; use the model's own tokenizer."
         )
-
-
-def _check_options(
-    num_steps: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-) -> None:
-    if num_steps < 1 or max_new_tokens < 1:
-        raise ConfigError(
-            f"num_steps={num_steps} and max_new_tokens={max_new_tokens} must be at least 1."
-        )
-    if not temperature >= 0.0:
-        raise ConfigError(f"temperature={temperature} must be 0 (greedy) or above.")
-    if top_k is not None and top_k < 1:
-        raise ConfigError(f"top_k={top_k} must be at least 1, or null.")
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise ConfigError(f"top_p={top_p} must lie in (0, 1], or be null.")

@@ -7,10 +7,22 @@ import torch
 
 from pretrain.errors import ConfigError
 from pretrain.model.depth import Depth
-from pretrain.model.generation import Decoder, StateStart, collect, generate, sample
+from pretrain.model.generation import (
+    Decoder,
+    Decoding,
+    StateStart,
+    collect,
+    generate,
+    generate_rows,
+    sample,
+)
 from pretrain.model.initial_state import initial_states
 
 PROMPTS = [[3, 1, 4, 1], [5, 9, 2, 6]]
+
+
+def run(model, prompts, **options: object) -> list[list[int]]:
+    return collect(generate_rows(model, prompts, Decoding(**options)))
 
 
 def test_cached_decoding_equals_recomputation(make_model):
@@ -28,7 +40,7 @@ def test_cached_decoding_equals_recomputation(make_model):
 def test_greedy_tokens_are_the_likeliest_ones(make_model):
     model = make_model()
     options = {"num_steps": 2, "max_new_tokens": 5, "start": StateStart.zeros}
-    rows = collect(generate(model, PROMPTS, **options))
+    rows = run(model, PROMPTS, **options)
     for prompt, new in zip(PROMPTS, rows, strict=True):
         text = torch.tensor([prompt + new])
         zeros = torch.zeros(1, len(text[0]), 16)
@@ -39,10 +51,23 @@ def test_greedy_tokens_are_the_likeliest_ones(make_model):
 def test_a_row_of_sampled_text_depends_on_its_seed_and_not_on_later_rows(make_model):
     model = make_model()
     options = {"num_steps": 2, "max_new_tokens": 8, "temperature": 1.0}
-    both = collect(generate(model, PROMPTS, seed=3, **options))
-    assert both == collect(generate(model, PROMPTS, seed=3, **options))
-    assert both[:1] == collect(generate(model, PROMPTS[:1], seed=3, **options))
-    assert both != collect(generate(model, PROMPTS, seed=4, **options))
+    both = run(model, PROMPTS, seed=3, **options)
+    assert both == run(model, PROMPTS, seed=3, **options)
+    assert both[:1] == run(model, PROMPTS[:1], seed=3, **options)
+    assert both != run(model, PROMPTS, seed=4, **options)
+
+
+def test_every_token_has_a_draw_of_its_own(make_model):
+    model = make_model()
+    # So hot that every rank among the 32 tokens is equally likely.
+    new = run(model, PROMPTS[:1], num_steps=2, max_new_tokens=10, temperature=1e9, seed=1)[0]
+    text = torch.tensor([PROMPTS[0] + new])
+    state = initial_states([0], seed=1, context=14, width=16)
+    logits = model(text, [Depth(2, 0)], initial_state=state).logits[0, 3:-1]
+    chosen = logits.gather(1, torch.tensor(new)[:, None])
+    ranks = (logits > chosen).sum(1)
+    # Ten draws from 32 ranks: fewer than 5 different ones has a probability below 1e-4.
+    assert len(ranks.unique()) >= 5
 
 
 def test_the_start_of_the_state_matters(make_model):
@@ -59,13 +84,23 @@ def test_the_start_of_the_state_matters(make_model):
 def test_a_row_ends_at_its_stop_id(make_model):
     model = make_model()
     options = {"num_steps": 2, "max_new_tokens": 6, "start": StateStart.zeros}
-    free = collect(generate(model, PROMPTS, **options))
+    free = run(model, PROMPTS, **options)
     stop = free[0][2]
-    cut = collect(generate(model, PROMPTS, stop_ids=[stop], **options))
+    cut = run(model, PROMPTS, stop_ids=[stop], **options)
     for whole, row in zip(free, cut, strict=True):
         length = whole.index(stop) + 1 if stop in whole else len(whole)
         assert row == whole[:length]
     assert len(cut[0]) <= 3
+
+
+def test_one_prompt_streams_its_row(make_model):
+    model = make_model()
+    options = {"num_steps": 2, "max_new_tokens": 6, "temperature": 0.8, "top_k": 9, "seed": 2}
+    (row,) = run(model, PROMPTS[:1], **options)
+    assert list(generate(model, PROMPTS[0], **options)) == row
+    assert len(row) == 6
+    with pytest.raises(ConfigError, match="top_k=0"):
+        generate(model, PROMPTS[0], **{**options, "top_k": 0})
 
 
 # Probabilities 0.5, 0.3, 0.15, 0.05, not in order of id.
@@ -116,4 +151,4 @@ def test_bad_options_are_refused_before_anything_runs(make_model, changes, messa
     options = {"prompts": PROMPTS, "num_steps": 2, "max_new_tokens": 2, **changes}
     prompts = options.pop("prompts")
     with pytest.raises(ConfigError, match=message):
-        generate(make_model(), prompts, **options)
+        generate_rows(make_model(), prompts, Decoding(**options))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pretrain.model.depth import Depth
-from pretrain.model.generation import Decoder, StateStart, collect, generate
+from pretrain.model.generation import Decoder, Decoding, StateStart, collect, generate_rows
 from pretrain.model.huggingface.weights import hugging_face_name
 from pretrain.model.recurrent import Output, RecurrentModel
 
@@ -97,9 +97,9 @@ def test_truncated_and_full_gradients_differ(golden):
 
 
 def decode(golden, **options: object) -> list[int]:
-    prompt = golden.values["gen.prompt"].tolist()
-    steps = generate(golden.model, prompt, num_steps=4, max_new_tokens=12, **options)
-    return prompt[0] + collect(steps)[0]
+    prompts = golden.values["gen.prompt"].tolist()
+    decoding = Decoding(num_steps=4, max_new_tokens=12, **options)
+    return prompts[0] + collect(generate_rows(golden.model, prompts, decoding))[0]
 
 
 def test_greedy_tokens_agree(golden):
