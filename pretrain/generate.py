@@ -26,9 +26,9 @@ def main(config: GenerateConfig) -> None:
         )
     shown = ""
     ids: list[int] = []
-    for (token,) in generate(
+    for token in generate(
         trained.model,
-        [prompt],
+        prompt,
         num_steps=options.num_steps,
         max_new_tokens=min(options.max_new_tokens, room),
         temperature=options.temperature,
@@ -37,7 +37,6 @@ def main(config: GenerateConfig) -> None:
         seed=options.seed,
         stop_ids=[tokenizer.special.end_text, tokenizer.special.end_turn],
     ):
-        assert token is not None
         ids.append(token)
         text = options.prompt + tokenizer.decode(ids)
         # a character may need several tokens: hold back what is not whole yet
