@@ -71,8 +71,8 @@ def write_json(path: Path, value: Any) -> FileRecord:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest: the last file of a checkpoint."""
-    write_json(folder / MANIFEST, manifest)
+    """Write the manifest, with its own hash: the last file of a checkpoint."""
+    write_json(folder / MANIFEST, manifest | {"sha256": _hash_json(manifest)})
 
 
 def sync_folder(folder: Path) -> None:
@@ -175,7 +175,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder / MANIFEST} has format {found}; this program reads format {FORMAT}."
         )
+    stated = manifest.pop("sha256", None)
+    if stated != (own := _hash_json(manifest)):
+        raise CheckpointError(f"{folder / MANIFEST} states sha256 {stated} but has {own}.")
     return manifest
+
+
+def _hash_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def find_damage(folder: Path, *, share: int = 0, shares: int = 1) -> str:

@@ -47,6 +47,11 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.zero_stage not in (1, 2, 3):
             raise ConfigError(f"engine.zero_stage={self.zero_stage} must be 1, 2 or 3.")
+        if self.overlap_comm and self.zero_stage == 1 and self.precision is Precision.bf16:
+            raise ConfigError(
+                "engine.overlap_comm=true does nothing with engine.zero_stage=1 and "
+                "engine.precision=bf16, which reduce once per step; use engine.zero_stage=2."
+            )
         for name in ("bucket_elements", "timeout_s"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"engine.{name}={getattr(self, name)} must be at least 1.")

@@ -114,10 +114,32 @@ def new_engine(world: World, case: Case) -> tuple[Engine, TrainConfig]:
 def run_case(world: World, case: Case) -> dict[str, Any]:
     """Three steps; what the first gradient, the losses and the last weights were."""
     engine, config = new_engine(world, case)
+    start = whole(engine)
     results = [train_step(engine, config, 0)]
     first = whole(engine)
+    with engine.evaluation() as model:
+        evaluated = evaluate(model, config)
     results += [train_step(engine, config, step) for step in range(1, STEPS)]
-    return {"results": results, "first": first, "last": whole(engine)}
+    return {
+        "start": start,
+        "results": results,
+        "first": first,
+        "evaluated": evaluated,
+        "last": whole(engine),
+    }
+
+
+def evaluate(model: RecurrentModel, config: TrainConfig) -> Tensor:
+    """Nats of two rows at three depths."""
+    dtype = torch.bfloat16 if config.engine.precision is Precision.bf16 else torch.float32
+    tokens = torch.arange(2 * 9).view(2, 9)
+    nats, _ = model.losses_at(
+        tokens[:, :-1],
+        [1, 3, 7],
+        initial_state=initial_states([0, 1], seed=1, context=8, width=24, dtype=dtype),
+        labels=tokens[:, 1:],
+    )
+    return nats
 
 
 def oracle(case: Case) -> dict[str, Any]:
@@ -132,7 +154,7 @@ def oracle(case: Case) -> dict[str, Any]:
     optimizer = build_optimizer(masters.items(), config.optimizer)
     dtype = torch.bfloat16 if config.engine.precision is Precision.bf16 else torch.float32
     model.to(dtype)
-    results, first = [], {}
+    results, first, evaluated = [], {}, torch.empty(0)
     for step in range(STEPS):
         nats, micro_rows = 0.0, config.batch.micro_rows
         sums = {name: torch.zeros_like(master) for name, master in masters.items()}
@@ -156,15 +178,20 @@ def oracle(case: Case) -> dict[str, Any]:
                 parameter.copy_(masters[name])
         results.append((nats / (ROWS * 8), norm, True))
         if step == 0:
+            evaluated = evaluate(model, config)
             first = {
                 f"exp_avg/{name}": optimizer.state[master]["exp_avg"].flatten().clone()
                 for name, master in masters.items()
             }
     last = {f"master/{name}": master.detach().flatten() for name, master in masters.items()}
-    start_weights = {
-        f"master/{n}": p.detach().flatten() for n, p in new_model(config).named_parameters()
+    start = {f"master/{n}": p.detach().flatten() for n, p in new_model(config).named_parameters()}
+    return {
+        "results": results,
+        "first": first,
+        "evaluated": evaluated,
+        "last": last,
+        "start": start,
     }
-    return {"results": results, "first": first, "last": last, "start": start_weights}
 
 
 def poisoned(world: World, case: Case) -> dict[str, Any]:

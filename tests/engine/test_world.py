@@ -1,0 +1,150 @@
+import multiprocessing
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.engine.config import Device, EngineConfig, Precision
+from pretrain.engine.world import Place, World, find_place, first_host
+from pretrain.errors import ConfigError
+from pretrain.testing import RanksError, run_ranks
+
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "somewhere",
+    "MASTER_PORT": "29500",
+}
+SRUN = {
+    "SLURM_JOB_ID": "4242",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NTASKS": "8",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NODELIST": "alpha,beta",
+    "SLURM_JOB_NODELIST": "gamma",
+}
+
+
+def test_ranks_come_from_torchrun() -> None:
+    assert find_place(TORCHRUN) == Place(rank=3, size=8, local_rank=1, meeting="env://")
+
+
+def test_torchrun_inside_a_slurm_step_wins() -> None:
+    assert find_place(SRUN | TORCHRUN) == find_place(TORCHRUN)
+
+
+def test_ranks_come_from_an_srun_step() -> None:
+    place = find_place(SRUN)
+    assert place == Place(rank=3, size=4, local_rank=1, meeting="tcp://alpha:16242")
+
+
+def test_address_and_port_can_be_chosen_under_slurm() -> None:
+    place = find_place(SRUN | {"MASTER_ADDR": "delta", "MASTER_PORT": "77"})
+    assert place.meeting == "tcp://delta:77"
+
+
+def test_two_jobs_on_a_host_meet_at_different_ports() -> None:
+    assert find_place(SRUN).meeting != find_place(SRUN | {"SLURM_JOB_ID": "4243"}).meeting
+
+
+@pytest.mark.parametrize("step", ["", "batch", "interactive", "4294967290", "4294967291"])
+def test_a_batch_script_or_interactive_shell_is_alone(step: str) -> None:
+    environ = SRUN | {"SLURM_STEP_ID": step}
+    assert find_place(environ) == Place(rank=0, size=1, local_rank=0, meeting="")
+
+
+def test_without_a_launcher_the_process_is_alone() -> None:
+    assert find_place({}) == Place(rank=0, size=1, local_rank=0, meeting="")
+
+
+@pytest.mark.parametrize("name", sorted(TORCHRUN))
+def test_an_incomplete_environment_names_what_is_missing(name: str) -> None:
+    environ = {key: value for key, value in TORCHRUN.items() if key != name}
+    with pytest.raises(ConfigError, match=rf"not {name}"):
+        find_place(environ)
+
+
+def test_a_rank_beyond_the_world_is_refused() -> None:
+    with pytest.raises(ConfigError, match="RANK=8 is not below WORLD_SIZE=8"):
+        find_place(TORCHRUN | {"RANK": "8"})
+
+
+@pytest.mark.parametrize("name", ["SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID"])
+def test_an_incomplete_srun_step_names_what_is_missing(name: str) -> None:
+    environ = {key: value for key, value in SRUN.items() if key != name}
+    with pytest.raises(ConfigError, match=name):
+        find_place(environ)
+
+
+def test_the_first_host_of_a_plain_list_needs_no_tool() -> None:
+    assert first_host("node7") == "node7"
+    assert first_host("login,node[1-4]") == "login"
+
+
+def test_a_list_that_cannot_be_expanded_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ConfigError, match="set MASTER_ADDR"):
+        first_host("node[1-4]")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_without_a_gpu_is_refused() -> None:
+    from pretrain.engine.world import join
+
+    config = EngineConfig(zero_stage=1, precision=Precision.fp32, device=Device.cuda)
+    with pytest.raises(ConfigError, match=r"engine\.device=cuda.*engine\.device=cpu"):
+        join(config)
+
+
+def use_collectives(world: World) -> dict[str, Any]:
+    """What each collective of a world gives on this rank."""
+    return {
+        "rank": world.rank,
+        "sum": world.sum([1.0, world.rank, 1e-17]),
+        "any": (world.any(world.rank == 1), world.any(False)),
+        "agree": (world.agree("same"), world.agree(world.rank)),
+        "broadcast": world.broadcast_object({"from": world.rank}),
+        "gather": world.gather_objects(world.rank * 10),
+    }
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_collectives_agree_on_every_rank(ranks: int) -> None:
+    for rank, got in enumerate(run_ranks(use_collectives, ranks)):
+        assert got == {
+            "rank": rank,
+            "sum": [ranks, sum(range(ranks)), pytest.approx(ranks * 1e-17)],
+            "any": (ranks > 1, False),
+            "agree": (True, ranks == 1),
+            "broadcast": {"from": 0},
+            "gather": [10 * other for other in range(ranks)],
+        }
+
+
+def fail_on_rank_1(world: World) -> None:
+    if world.rank == 1:
+        raise ValueError("rank 1 is unwell")
+    world.barrier()
+
+
+def hang_on_rank_1(world: World) -> None:
+    import time
+
+    if world.rank == 1:
+        time.sleep(600)
+    world.barrier()
+
+
+def test_a_failing_rank_fails_the_run_with_its_traceback() -> None:
+    with pytest.raises(RanksError, match="rank 1 is unwell"):
+        run_ranks(fail_on_rank_1, 2)
+
+
+def test_a_hanging_rank_is_ended_and_nothing_is_left_running() -> None:
+    before = set(multiprocessing.active_children())
+    with pytest.raises(RanksError, match="rank 1: ended by signal 9"):
+        run_ranks(hang_on_rank_1, 2, timeout_s=5)
+    assert set(multiprocessing.active_children()) <= before
