@@ -13,7 +13,7 @@ import pytest
 SMALL = [
     "data=files", "data.name=small", "data.root=text",
     "data.rows_per_member=8", "data.members_per_shard=4", "data.build_workers=1",
-    "model.width=32", "model.heads=2", "model.inner=48", "model.vocabulary_size=512",
+    "model.width=32", "model.heads=2", "model.inner=48", "model.vocabulary_size=384",
     "model.context=32", "batch.global_tokens=512", "batch.micro_rows=4",
     "depth.mean=4", "depth.backprop=2", "logging=quiet", "optimizer.learning_rate=2e-3",
     "schedule.warmup_tokens=512", "schedule.cooldown_tokens=1024",

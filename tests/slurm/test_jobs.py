@@ -11,28 +11,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from conftest import SMALL, write_text
 from pretrain.loop.metrics import read_metrics
 
 pytestmark = pytest.mark.slurm
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU_NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1")
-TINY = (
-    "data=files",
-    "data.valid_fraction=0.2",
-    "data.rows_per_member=4",
-    "data.loader_workers=0",
-    "model.vocabulary_size=512",
-    "model.context=32",
-    "model.width=32",
-    "model.heads=2",
-    "model.inner=64",
-    "model.core_layers=1",
-    "batch.global_tokens=256",
-    "batch.micro_rows=4",
-    "validation.rows=8",
-    "logging=quiet",
-)
 FINISHED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 
 
@@ -41,15 +26,6 @@ class Project:
     """A folder that jobs are submitted from: the scripts, and outputs of its own."""
 
     folder: Path
-
-    @property
-    def overrides(self) -> tuple[str, ...]:
-        return (
-            *TINY,
-            f"data.root={self.folder}/text",
-            f"data.shards={self.folder}/shards",
-            f"tokenizer.path={self.folder}/tokenizer",
-        )
 
     def log(self, job_id: str) -> str:
         """Everything that the job and its ranks have written."""
@@ -64,12 +40,7 @@ def project(tmp_path_factory):
     folder = tmp_path_factory.mktemp("project")
     for name in ("launch", "slurm"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.log"))
-    (folder / "text/code").mkdir(parents=True)
-    paragraphs = "\n\n".join(
-        path.read_text() for path in sorted((ROOT / "pretrain").rglob("*.py"))
-    ).split("\n\n")
-    with (folder / "text/code/all.jsonl").open("w") as file:
-        file.writelines(json.dumps({"text": text}) + "\n" for text in paragraphs if text.strip())
+    write_text(folder / "text")
     return Project(folder)
 
 
@@ -85,7 +56,7 @@ def submit(slurm, project):
 @pytest.fixture(scope="module")
 def smoke_job(slurm, project, submit):
     """The smoke job, which also builds the shards that the other jobs read."""
-    job_id = submit("--gpus-per-node=0", "slurm/smoke.sbatch", *project.overrides)
+    job_id = submit("--gpus-per-node=0", "slurm/smoke.sbatch", *SMALL)
     job = slurm.wait(job_id, *FINISHED, timeout_s=240)
     assert job["ExitCode"] == "0:0", project.log(job_id)
     return job_id
@@ -94,13 +65,13 @@ def smoke_job(slurm, project, submit):
 def test_smoke_goes_from_text_to_held_out_loss_on_two_nodes(smoke_job, project):
     run_dir = project.folder / f"out/runs/smoke-{smoke_job}"
     steps = [record for record in read_metrics(run_dir / "metrics.jsonl") if "loss/nats" in record]
-    assert [record["step"] for record in steps] == list(range(1, 11))
+    assert [record["step"] for record in steps] == list(range(1, 7))
     assert sorted(path.name for path in (run_dir / "logs").iterdir()) == [
         "rank-00000.log",
         "rank-00001.log",
     ]
     (evaluation,) = (run_dir / "evaluation").glob("*.json")
-    assert json.loads(evaluation.read_text())["step"] == 10
+    assert json.loads(evaluation.read_text())["step"] == 6
 
 
 def test_a_job_that_is_told_to_stop_saves_queues_again_and_finishes_with_its_arguments(
@@ -110,7 +81,7 @@ def test_a_job_that_is_told_to_stop_saves_queues_again_and_finishes_with_its_arg
     job_id = submit(
         *CPU_NODES,
         "slurm/train.sbatch",
-        *project.overrides,
+        *SMALL,
         f"run.dir={run_dir}",
         "run.steps=60",
         "run.name=with a blank",
@@ -141,7 +112,7 @@ def test_a_job_that_is_told_to_stop_saves_queues_again_and_finishes_with_its_arg
 def test_a_cancelled_job_saves_and_does_not_come_back(smoke_job, slurm, project, submit):
     run_dir = project.folder / "cancelled"
     job_id = submit(
-        *CPU_NODES, "slurm/train.sbatch", *project.overrides, f"run.dir={run_dir}", "run.steps=9999"
+        *CPU_NODES, "slurm/train.sbatch", *SMALL, f"run.dir={run_dir}", "run.steps=9999"
     )
     wait_for_steps(run_dir, 3, lambda: project.log(job_id))
     slurm.command("scancel", job_id)
