@@ -113,7 +113,7 @@ class TokenizerConfig:
     vocabulary_size: int
     """Pieces, the 32 special ids at the top included; at most model.vocabulary_size."""
     train_bytes: int | None = None
-    """Text to learn pieces from, taken by the sources' weights; null: 2000 bytes a piece."""
+    """Text to learn pieces from, taken by the sources' weights; null: 1000 bytes a piece."""
     character_coverage: float = 0.9999
     """Share of characters that get pieces of their own; bytes cover the rest."""
     threads: int = 0

@@ -63,6 +63,8 @@ ARITHMETIC_CHARACTERS = 1 << 18
 ARITHMETIC_BATCHES = 16
 STORY_BATCHES = 2
 STORIES_PER_BATCH = 2500
+# Of a source file, on average: 18 % in the packages for prose, 34 % in the scientific ones.
+DOCSTRING_SHARE = 0.25
 # A docstring is prose if this share of it are letters and spaces; the rest are tables and lists.
 PROSE_SHARE = 0.8
 
@@ -163,9 +165,10 @@ def _folder_of(package: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def _package_sizes(packages: tuple[str, ...]) -> dict[str, int]:
+def _package_sizes(packages: tuple[str, ...], text_share: float) -> dict[str, int]:
+    """About how many bytes of text the parts of some packages give."""
     return {
-        f"{package}/{index:03}": sum(file.size for file in batch)
+        f"{package}/{index:03}": int(text_share * sum(file.size for file in batch))
         for package in packages
         for index, batch in enumerate(_batches(package))
     }
@@ -200,7 +203,9 @@ def _read_code(path: str) -> Iterator[Entry]:
 def _prose_sizes() -> dict[str, int]:
     topics, descriptions = sum(map(len, _topics())), sum(map(len, _descriptions()))
     extra = {TOPICS: topics, DESCRIPTIONS: descriptions}
-    return _package_sizes(PROSE) | {path: size for path, size in extra.items() if size}
+    return _package_sizes(PROSE, DOCSTRING_SHARE) | {
+        path: size for path, size in extra.items() if size
+    }
 
 
 def _read_prose(path: str) -> Iterator[Entry]:
@@ -260,7 +265,7 @@ def _read_math(path: str) -> Iterator[Entry]:
 
 def _instruct_sizes() -> dict[str, int]:
     stories = {f"arithmetic/{i:03}": STORIES_PER_BATCH * 100 for i in range(STORY_BATCHES)}
-    return _package_sizes(INSTRUCT) | stories
+    return _package_sizes(INSTRUCT, DOCSTRING_SHARE) | stories
 
 
 def _read_instruct(path: str) -> Iterator[Entry]:
@@ -291,9 +296,11 @@ def _docstring_chats(path: str) -> Iterator[tuple[str, str]]:
 
 
 SOURCES = {
-    "code": EmbeddedSource(lambda: _package_sizes(CODE), _read_code),
+    "code": EmbeddedSource(lambda: _package_sizes(CODE, 1.0), _read_code),
     "prose": EmbeddedSource(_prose_sizes, _read_prose),
-    "scientific": EmbeddedSource(lambda: _package_sizes(SCIENTIFIC), _read_scientific),
+    "scientific": EmbeddedSource(
+        lambda: _package_sizes(SCIENTIFIC, DOCSTRING_SHARE), _read_scientific
+    ),
     "math": EmbeddedSource(_math_sizes, _read_math),
     "instruct": EmbeddedSource(_instruct_sizes, _read_instruct),
 }

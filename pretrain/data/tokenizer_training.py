@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 # Multi-line chunks, so that pieces such as ":\n" are learned; SentencePiece calls them sentences.
 CHUNK_CHARACTERS = 8192
 PIECE_CHARACTERS = 16
-BYTES_PER_PIECE = 2000
+# 4096 pieces from 4 MB of the embedded corpus: 2.73 bytes per token; from 8 MB: 2.75.
+BYTES_PER_PIECE = 1000
 # Text whose encoded length is reported afterwards.
 PROBE_EVERY_CHUNKS = 64
 TICK_S = 0.2
@@ -119,19 +120,19 @@ def train_bytes(config: TokenizerConfig) -> int:
 
 def training_settings(config: TokenizerConfig, data: DataConfig) -> dict[str, Any]:
     """What a tokenizer depends on besides the bytes of the text; kept beside it."""
-    sources = {
-        name: {"paths": source.paths, "weight": source.weight, "text_key": source.text_key}
-        for name, source in data.sources.items()
-    }
-    return {
+    settings: dict[str, Any] = {
         "tokenizer.vocabulary_size": config.vocabulary_size,
         "tokenizer.train_bytes": train_bytes(config),
         "tokenizer.character_coverage": config.character_coverage,
         "data.corpus": data.corpus.value,
         "data.text_key": data.text_key,
         "data.max_bytes": data.max_bytes,
-        "data.sources": sources,
     }
+    for name, source in data.sources.items():
+        settings[f"data.sources.{name}.paths"] = list(source.paths)
+        settings[f"data.sources.{name}.weight"] = source.weight
+        settings[f"data.sources.{name}.text_key"] = source.text_key
+    return settings
 
 
 def train(config: TokenizerConfig, data: DataConfig) -> tuple[bytes, Sample]:

@@ -54,8 +54,8 @@ def test_there_are_five_sources_of_tens_of_megabytes(parts: dict[str, list[Part]
         assert all(0 < part.stored_bytes < 4e6 for part in own), source
     stored = {source: sum(part.stored_bytes for part in own) for source, own in parts.items()}
     assert stored["code"] > 5e6
-    assert stored["scientific"] > 20e6
-    assert 50e6 < sum(stored.values()) < 120e6
+    assert stored["scientific"] > 5e6
+    assert 20e6 < sum(stored.values()) < 60e6
 
 
 def test_every_kind_of_part_has_documents_of_bounded_length(parts: dict[str, list[Part]]) -> None:

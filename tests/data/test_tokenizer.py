@@ -248,6 +248,9 @@ def test_every_setting_that_changes_the_tokenizer_is_compared(tmp_path: Path) ->
     for name, value in (("train_bytes", 9), ("vocabulary_size", 401), ("character_coverage", 0.5)):
         changed = command_config(tmp_path, **{name: value})
         assert training_settings(changed.tokenizer, changed.data) != known, name
+    changed = command_config(tmp_path)
+    changed.data.sources = {"a": SourceConfig(paths=["*"], weight=2)}
+    assert training_settings(changed.tokenizer, changed.data)["data.sources.a.weight"] == 2
     changed = command_config(tmp_path, threads=1, path="elsewhere")
     assert training_settings(changed.tokenizer, changed.data) == known
 
