@@ -16,6 +16,7 @@ from multiprocessing import forkserver, get_context
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from pretrain.config import ClusterConfig, TrainConfig
@@ -130,7 +131,7 @@ def _child(
     gc.freeze()
     outcome: tuple[str, Any] = ("", None)
     try:
-        function = _load(source, name)
+        function = getattr(load_module(source), name)
         world = join(tiny_engine())
         outcome = ("", function(world, *args))
         # Nobody's process group may vanish while another still waits in a collective.
@@ -143,16 +144,15 @@ def _child(
     exit_now(1 if outcome[0] else 0)
 
 
-def _load(source: Path, name: str) -> Callable[..., Any]:
-    """A function by its file: test modules have no importable name in another process."""
-    spec = importlib.util.spec_from_file_location("ranks_" + source.stem, source)
+def load_module(path: Path) -> ModuleType:
+    """A module by its file: test files have no importable name, here or in another process."""
+    spec = importlib.util.spec_from_file_location("by_path_" + path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    function: Callable[..., Any] = getattr(module, name)
-    return function
+    return module
 
 
 def _wait(processes: list[BaseProcess], timeout_s: float) -> None:

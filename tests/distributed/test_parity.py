@@ -3,17 +3,14 @@
 Each number of ranks is started once and does all its cases: a start costs seconds.
 """
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 from pretrain.engine.checkpoint import load_weights, newest_checkpoint, read_state
-from pretrain.testing import run_ranks
+from pretrain.testing import load_module, run_ranks
 
 # Every pair of values of (stage, ranks, accumulation, checkpointed, precision) occurs.
 FIELDS = ("ranks", "stage", "accumulation", "checkpointed", "precision")
@@ -78,18 +75,7 @@ RESUMED = {
 }
 
 
-def _ranks_module() -> ModuleType:
-    path = Path(__file__).with_name("ranks.py")
-    spec = importlib.util.spec_from_file_location("ranks_here", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-ranks_module = _ranks_module()
+ranks_module = load_module(Path(__file__).with_name("ranks.py"))
 Found = dict[int, dict[str, Any]]
 
 

@@ -1,9 +1,6 @@
 """A checkpoint is whole or not there, whatever happens while it is written."""
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,21 +11,9 @@ from pretrain.engine.checkpoint import newest_checkpoint
 from pretrain.engine.fragments import PieceReader, Stored, size_of, write_pieces
 from pretrain.engine.partitions import check_complete
 from pretrain.errors import CheckpointError
-from pretrain.testing import RanksError, run_ranks
+from pretrain.testing import RanksError, load_module, run_ranks
 
-
-def _load() -> ModuleType:
-    path = Path(__file__).with_name("checkpoint_ranks.py")
-    spec = importlib.util.spec_from_file_location("checkpoint_ranks_here", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-ranks = _load()
+ranks = load_module(Path(__file__).with_name("checkpoint_ranks.py"))
 
 
 @pytest.fixture(scope="module")
