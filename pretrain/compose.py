@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -134,6 +134,11 @@ def _compose(primary: str, overrides: Sequence[str]) -> DictConfig:
     try:
         with initialize(source.removeprefix("pkg://"), version_base="1.3"):
             return compose(primary, overrides=list(overrides))
+    except OverrideParseException as error:
+        raise ConfigError(
+            f"{error.override} cannot be read as key=value. A value with special characters needs "
+            "two pairs of quotes: generate.prompt='\"def main(\"'"
+        ) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error) + _nearest_key(error, primary)) from error
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from pretrain.compose import thaw
 from pretrain.config import EvaluateConfig
+from pretrain.data.loader import valid_rows
 from pretrain.engine.config import Device
 from pretrain.engine.world import join, leave
 from pretrain.loop.plots import plot_depth_curve
@@ -30,14 +31,11 @@ def main(config: EvaluateConfig) -> None:
     # where the run was trained says nothing about where it is evaluated
     world = join(dataclasses.replace(thaw(run_dir).engine, device=Device.auto))
     trained = load_trained(run_dir, world.device)
-    result = validate(
-        trained.model,
-        trained.config,
-        world,
-        depths=config.evaluate.depths,
-        rows=config.evaluate.rows,
+    held_out = valid_rows(
+        trained.config.data, rows=config.evaluate.rows, rank=world.rank, ranks=world.size
     )
-    if world.rank == 0:
+    result = validate(trained.model, trained.config, world, held_out, depths=config.evaluate.depths)
+    if world.is_main:
         _report(run_dir, trained.step, result)
     leave(world)
 

@@ -5,17 +5,24 @@ One process, torchrun and srun start the same program; ranks come from the envir
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from pretrain.config import TrainConfig
-from pretrain.data.loader import check_tokenizer, open_manifest, stream_batches
+from pretrain.data.loader import (
+    Batch,
+    check_tokenizer,
+    open_manifest,
+    stream_batches,
+    valid_rows,
+)
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.engine.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
     prune_checkpoints,
+    read_state,
     save_checkpoint,
 )
 from pretrain.engine.commit import sweep_temporaries
@@ -31,9 +38,10 @@ from pretrain.errors import (
 from pretrain.loop.lock import RunLock
 from pretrain.loop.record import Record
 from pretrain.loop.run_folder import (
+    begin_life,
+    check_run_folder,
     log_to_folder,
     on_rank_0,
-    prepare_run_folder,
     write_requeue_record,
 )
 from pretrain.loop.signals import StopSignals
@@ -50,79 +58,119 @@ MAX_SKIPS_IN_A_ROW = 10
 
 
 def main(config: TrainConfig) -> int:
-    """Train to the end of the run or to a stop signal; returns the exit code."""
+    """Train to the end of the run or to a stop signal; returns the exit code.
+
+    Whatever is wrong with configuration, data or run folder is said before the folder changes.
+    """
     with StopSignals() as stop:
         world = join(config.engine)
-        run_dir = prepare_run_folder(config, world)
-        log_to_folder(run_dir, world.rank)
+        run_dir = Path(config.run.dir)
+        check_run_folder(config, world)
         lock = RunLock(run_dir)
         on_rank_0(world, lock.__enter__)
         try:
-            code = _life(config, world, run_dir, stop, lock)
+            code = _life(config, world, stop, lock)
         finally:
-            if world.rank == 0:
+            if world.is_main:
                 lock.__exit__(None, None, None)
-        # on an error there is no such meeting: a collective might wait for a rank that is gone
+        # rank 0 finishes the record last; who left before it would look like a failed rank.
+        # On an error there is no such meeting: it might wait for a rank that is gone.
+        world.barrier()
         leave(world)
         return code
 
 
-def _life(
-    config: TrainConfig, world: World, run_dir: Path, stop: StopSignals, lock: RunLock
-) -> int:
-    session = _open_session(config, world, run_dir, stop)
+def _life(config: TrainConfig, world: World, stop: StopSignals, lock: RunLock) -> int:
+    run_dir = Path(config.run.dir)
+    on_rank_0(world, lambda: sweep_temporaries(run_dir))
+    inputs = _check_inputs(config, world)
+    log_to_folder(run_dir, world.rank)
+    if inputs.step >= config.total_steps:
+        log.info(
+            "%s has all its %d steps; give more with run.steps=...", run_dir, config.total_steps
+        )
+        return EXIT_FINISHED
+    on_rank_0(world, lambda: begin_life(config, run_dir))
+    session = _open_session(config, world, stop, inputs)
     record = Record(config, run_dir, session.state, rank=world.rank)
-    state, checkpoint, validation = session.state, config.checkpoint, config.validation
-    is_stopped = False
-    saved_step = validated_step = state.step if state.lives > 1 else -1
+    _train(session, inputs.held_out, record, lock)
+    is_finished = session.state.step >= config.total_steps
+    if world.is_main and not is_finished:
+        write_requeue_record(run_dir, session.state.step)
+    code = EXIT_FINISHED if is_finished else EXIT_SAVED_ON_SIGNAL
+    for path in record.finish(code):
+        log.info("plot: %s", path)
+    return code
+
+
+def _train(session: Session, held_out: Batch, record: Record, lock: RunLock) -> None:
+    """Drain the steps; validate before saving, so that a saved step has all its record."""
+    config = session.config
     for step in training_steps(session):
         record.step(step)
-        if world.rank == 0:
+        if session.world.is_main:
             lock.refresh()
-        _stop_if_diverged(state)
-        is_stopped = step.should_stop
-        if not is_stopped and step.step % validation.every_steps == 0:
-            _validate(session, record)
-            validated_step = step.step
-        if step.step % checkpoint.every_steps == 0:
-            _save(session, run_dir, record, must=False)
-            saved_step = step.step
-    if saved_step != state.step:
-        _save(session, run_dir, record, must=True)
-    if is_stopped and state.step < config.total_steps:
-        if world.rank == 0:
-            write_requeue_record(run_dir, state.step)
-        record.finish()
-        return EXIT_SAVED_ON_SIGNAL
-    if validated_step != state.step:
-        _validate(session, record)
-    for path in record.finish():
-        log.info("plot: %s", path)
-    return EXIT_FINISHED
+        _stop_if_diverged(session.state)
+        is_last = step.step == config.total_steps
+        is_leaving = is_last or step.should_stop
+        if is_last or (not is_leaving and step.step % config.validation.every_steps == 0):
+            with session.engine.evaluation() as model:
+                record.validation(
+                    session.state,
+                    validate(
+                        model, config, session.world, held_out, depths=config.validation.depths
+                    ),
+                )
+        if is_leaving or step.step % config.checkpoint.every_steps == 0:
+            _save(session, record, must=is_leaving)
 
 
-def _open_session(config: TrainConfig, world: World, run_dir: Path, stop: StopSignals) -> Session:
-    """Model, engine, data and counters, as the newest checkpoint left them."""
+class _Inputs(NamedTuple):
+    """What a life starts from, all of it checked."""
+
+    fingerprint: str
+    """Of the shards."""
+    held_out: Batch
+    """This rank's rows of the valid split."""
+    newest: Path | None
+    """The checkpoint to resume from."""
+    step: int
+    """Its step, or 0."""
+
+
+def _check_inputs(config: TrainConfig, world: World) -> _Inputs:
+    """Shards, tokenizer and checkpoint; they must belong together and to this configuration."""
     manifest = open_manifest(config.data)
     check_tokenizer(
         manifest,
         vocabulary_size=config.model.vocabulary_size,
         tokenizer_sha256=Tokenizer.load(config.tokenizer.path).sha256,
     )
-    micro_steps = config.batch.micro_steps(context=config.model.context, ranks=world.size)
-    on_rank_0(world, lambda: sweep_temporaries(run_dir))
+    config.batch.micro_steps(context=config.model.context, ranks=world.size)
+    held_out = valid_rows(
+        config.data, rows=config.validation.rows, rank=world.rank, ranks=world.size
+    )
+    newest = newest_checkpoint(Path(config.run.dir), world)
+    step = 0
+    if newest is not None:
+        saved = read_state(newest)
+        _check_same_data(saved, manifest.fingerprint, config.data.shards)
+        step = TrainState.from_dict(saved["train"]).step
+    return _Inputs(manifest.fingerprint, held_out, newest, step)
+
+
+def _open_session(config: TrainConfig, world: World, stop: StopSignals, inputs: _Inputs) -> Session:
+    """Model, engine, data and counters, as the newest checkpoint left them."""
     with torch.device(world.device):
         model = RecurrentModel(config.model)
-    newest = newest_checkpoint(run_dir, world)
-    if newest is None:
+    if inputs.newest is None:
         initialize(model, mean_depth=config.depth.mean, seed=config.run.seed)
+    micro_steps = config.batch.micro_steps(context=config.model.context, ranks=world.size)
     engine = Engine(model, config, world, micro_steps=micro_steps)
     state = TrainState()
-    if newest is not None:
-        saved = load_checkpoint(engine, world, newest)
-        _check_same_data(saved, manifest.fingerprint, config.data.shards)
-        state = TrainState.from_dict(saved["train"])
-        log.info("resumed %s at step %d", newest.name, state.step)
+    if inputs.newest is not None:
+        state = TrainState.from_dict(load_checkpoint(engine, world, inputs.newest)["train"])
+        log.info("resumed %s at step %d", inputs.newest.name, state.step)
     state.lives += 1
     batches = stream_batches(
         config.data,
@@ -139,7 +187,7 @@ def _open_session(config: TrainConfig, world: World, run_dir: Path, stop: StopSi
         batches=batches,
         state=state,
         stop=stop,
-        fingerprint=manifest.fingerprint,
+        fingerprint=inputs.fingerprint,
     )
 
 
@@ -161,22 +209,10 @@ def _stop_if_diverged(state: TrainState) -> None:
         )
 
 
-def _validate(session: Session, record: Record) -> None:
-    config = session.config
-    with session.engine.evaluation() as model:
-        result = validate(
-            model,
-            config,
-            session.world,
-            depths=config.validation.depths,
-            rows=config.validation.rows,
-        )
-    record.validation(session.state, result)
-
-
-def _save(session: Session, run_dir: Path, record: Record, *, must: bool) -> None:
+def _save(session: Session, record: Record, *, must: bool) -> None:
     """Save; a failed save in mid-run is reported and survived, the last one is not."""
     record.sync()
+    run_dir = Path(session.config.run.dir)
     state = {"train": session.state.as_dict(), "data_fingerprint": session.fingerprint}
     try:
         path = save_checkpoint(
@@ -188,5 +224,5 @@ def _save(session: Session, run_dir: Path, record: Record, *, must: bool) -> Non
             raise
         log.error("training goes on without this save: %s", error)
         return
-    if session.world.rank == 0:
+    if session.world.is_main:
         prune_checkpoints(run_dir, session.config.checkpoint, saved=path)

@@ -68,6 +68,7 @@ def test_huginn_has_every_published_value() -> None:
         ("data=files", "data.root=FOLDER"),
         ("validation.depths=[0]", "depths of 1 or more"),
         ("generate.seed=1", "generate"),
+        ("run.name=a(b", "two pairs of quotes"),
     ],
 )
 def test_mistakes_are_refused_by_name(override: str, said: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from pretrain.compose import as_dict
 from pretrain.config import TrainConfig
+from pretrain.errors import PretrainError
 from pretrain.loop.console import Progress
 from pretrain.loop.metrics import MetricLog
 from pretrain.loop.plots import plot_run
@@ -60,13 +61,17 @@ class Record:
         if self._is_writer:
             self._log.sync()
 
-    def finish(self) -> list[Path]:
+    def finish(self, exit_code: int) -> list[Path]:
         """Close the log and W&B, draw the plots, and say where they are."""
         if not self._is_writer:
             return []
         self._log.close()
-        self._wandb.close()
-        return plot_run(self._run_dir)
+        self._wandb.close(exit_code)
+        try:
+            return plot_run(self._run_dir)
+        except (OSError, PretrainError) as error:
+            log.warning("the plots could not be drawn: %s", error)
+            return []
 
     def _write(self, values: dict[str, Any]) -> None:
         self._log.write(values)

@@ -13,7 +13,7 @@ requeue.json          left by a life that was told to stop: job, restart, step
 import json
 import logging
 import os
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from pretrain.compose import as_dict, check_resumable, thaw, write_frozen
@@ -26,13 +26,11 @@ log = logging.getLogger(__name__)
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
-def prepare_run_folder(config: TrainConfig, world: World) -> Path:
-    """Create or check the folder on all ranks alike; rank 0 freezes the configuration.
+def check_run_folder(config: TrainConfig, world: World) -> None:
+    """Refuse, on every rank, ranks that disagree and a folder that holds another run.
 
-    Raises ConfigError on every rank if ranks were started with different configurations, or if
-    the folder holds another run.
+    Changes nothing. Raises ConfigError.
     """
-    run_dir = Path(config.run.dir)
     everyone = world.gather_objects(as_dict(config))
     for rank, other in enumerate(everyone):
         if other != everyone[0]:
@@ -41,15 +39,17 @@ def prepare_run_folder(config: TrainConfig, world: World) -> Path:
                 f"rank {rank} was started with another configuration than rank 0: "
                 f"{', '.join(keys)} differ. Start all ranks with the same arguments."
             )
+    run_dir = Path(config.run.dir)
     if (run_dir / "config.yaml").is_file():
         check_resumable(thaw(run_dir), config)
-    # nobody may see the new config.yaml before everybody has looked for an old one
+    # rank 0 may write the folder only when everybody has looked at it
     world.barrier()
-    if world.rank == 0:
-        write_frozen(config, run_dir)
-        (run_dir / "requeue.json").unlink(missing_ok=True)
-    world.barrier()
-    return run_dir
+
+
+def begin_life(config: TrainConfig, run_dir: Path) -> None:
+    """Freeze the configuration, and forget that the life before asked to be requeued."""
+    write_frozen(config, run_dir)
+    (run_dir / "requeue.json").unlink(missing_ok=True)
 
 
 def log_to_folder(run_dir: Path, rank: int) -> None:
@@ -65,11 +65,10 @@ def log_to_folder(run_dir: Path, rank: int) -> None:
             handler.setLevel(logging.WARNING)
 
 
-def on_rank_0(world: World, deed: object) -> None:
+def on_rank_0(world: World, deed: Callable[[], object]) -> None:
     """Do on rank 0 what may fail, and fail on every rank if it did, instead of hanging there."""
-    assert callable(deed)
     problem: PretrainError | None = None
-    if world.rank == 0:
+    if world.is_main:
         try:
             deed()
         except PretrainError as error:
@@ -98,10 +97,3 @@ def write_requeue_record(run_dir: Path, step: int) -> None:
 def _requeue_paths(run_dir: Path) -> list[Path]:
     named = os.environ.get("PRETRAIN_REQUEUE_RECORD")
     return [run_dir / "requeue.json", *([Path(named)] if named else [])]
-
-
-def flush_logs() -> None:
-    """Before a process ends without interpreter teardown."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()

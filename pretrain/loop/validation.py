@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from pretrain.config import TrainConfig
-from pretrain.data.loader import Batch, valid_rows
+from pretrain.data.loader import Batch
 from pretrain.engine.world import World
 from pretrain.loop.micro_batches import labels_of
 from pretrain.model.depth import Depth
@@ -23,23 +23,22 @@ def validate(
     forward: Callable[..., Output],
     config: TrainConfig,
     world: World,
+    held_out: Batch,
     *,
     depths: Sequence[int],
-    rows: int,
 ) -> dict[str, Any]:
-    """Mean nats per token of `rows` held-out rows at each of `depths`.
+    """Mean nats per token at each of `depths` over the ranks' slices of the held-out rows.
 
     Returns validation/depths, validation/loss_nats (both lists), validation/rows and
     validation/tokens. Every rank calls `forward` equally often, with idle rows if need be: under
     ZeRO-3 a forward pass is a collective.
     """
-    mine = valid_rows(config.data, rows=rows, rank=world.rank, ranks=world.size)
     micro_rows = config.batch.micro_rows
-    most = max(world.gather_objects(len(mine.tokens_BS)))
+    most = max(world.gather_objects(len(held_out.tokens_BS)))
     totals = torch.zeros(len(depths), dtype=torch.float64)
     num_labels = 0.0
     for start in range(0, most, micro_rows):
-        batch = _slice(mine, start, micro_rows)
+        batch = _slice(held_out, start, micro_rows)
         if batch is None:
             _idle_forward(forward, config, world, depths)
             continue
@@ -47,7 +46,9 @@ def validate(
         assert output.nats_by_depth is not None
         totals += output.nats_by_depth.double().sum(-1).cpu()
         num_labels += float((labels_of(batch, config.model.documents) != IGNORED).sum())
-    *nats, count, all_rows = world.sum([*totals.tolist(), num_labels, float(len(mine.tokens_BS))])
+    *nats, count, all_rows = world.sum(
+        [*totals.tolist(), num_labels, float(len(held_out.tokens_BS))]
+    )
     return {
         "validation/depths": list(depths),
         "validation/loss_nats": [value / max(count, 1.0) for value in nats],
