@@ -1,5 +1,6 @@
 """Where text comes from, how it becomes shards, and how shards are read. Torch-free."""
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -18,9 +19,9 @@ class SourceConfig:
     """One source of documents and its share of training."""
 
     paths: list[str] = field(default_factory=list)
-    """Globs below data.root (** allowed); unused by the embedded corpus."""
+    """Globs below data.root (** allowed); the embedded corpus takes none."""
     weight: float | None = None
-    """Share of training rows, relative to the other sources; null: by the tokens it has."""
+    """Share of training rows, relative to the other sources; null for all: by their tokens."""
     text_key: str | None = None
     """Key or column of the text, where it differs from data.text_key."""
     licence: str = ""
@@ -29,8 +30,10 @@ class SourceConfig:
     """Kept in the manifest: where the text came from."""
 
     def __post_init__(self) -> None:
-        if self.weight is not None and self.weight < 0:
-            raise ConfigError(f"A source's weight is {self.weight}; it must be 0 or more, or null.")
+        if self.weight is not None and not (math.isfinite(self.weight) and self.weight >= 0):
+            raise ConfigError(
+                f"A source's weight is {self.weight}; it must be a number of 0 or more, or null."
+            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -73,8 +76,15 @@ class DataConfig:
     """Remove the least recently used copies beyond this size."""
 
     def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_places()
+        self._check_sources()
+
+    def _check_numbers(self) -> None:
         if not 0 <= self.valid_fraction < 1:
             raise ConfigError(f"data.valid_fraction={self.valid_fraction} must be in [0, 1).")
+        if self.max_bytes is not None and self.max_bytes < 1:
+            raise ConfigError(f"data.max_bytes={self.max_bytes} must be at least 1, or null.")
         for name in (
             "rows_per_member",
             "members_per_shard",
@@ -88,6 +98,8 @@ class DataConfig:
         for name in ("build_workers", "loader_workers"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"data.{name}={getattr(self, name)} must be 0 or more.")
+
+    def _check_places(self) -> None:
         if self.shards.startswith("pipe:"):
             raise ConfigError(
                 f"data.shards={self.shards}: commands are not run to read data; "
@@ -101,6 +113,28 @@ class DataConfig:
             raise ConfigError(
                 f"data.root={self.root} is set, but the embedded corpus reads no folder; "
                 "choose data=files."
+            )
+
+    def _check_sources(self) -> None:
+        if self.corpus is Corpus.embedded:
+            for name, source in self.sources.items():
+                for key in ("paths", "text_key"):
+                    if getattr(source, key):
+                        raise ConfigError(
+                            f"data.sources.{name}.{key}={getattr(source, key)} is set, but the "
+                            "embedded corpus reads no files; remove it, or choose data=files."
+                        )
+        weighted = sorted(n for n, source in self.sources.items() if source.weight is not None)
+        others = sorted(self.sources.keys() - set(weighted))
+        if weighted and others:
+            raise ConfigError(
+                f"data.sources: {', '.join(others)} have no weight, {', '.join(weighted)} do; "
+                "give all of them a weight (0: not read), or none."
+            )
+        if weighted and not any(self.sources[name].weight for name in weighted):
+            raise ConfigError(
+                f"data.sources: {', '.join(weighted)} all have the weight 0; give at least one a "
+                "weight above 0, or none a weight."
             )
 
 

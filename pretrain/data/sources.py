@@ -22,13 +22,15 @@ log = logging.getLogger(__name__)
 def find_parts(config: DataConfig) -> dict[str, list[Part]]:
     """The parts of every source, by source name; both in a fixed order.
 
-    Raises DataError for a missing root, a source without files, and a corpus without any.
+    Raises DataError for a missing root, a source without files, a file of two sources, and a
+    corpus without any text.
     """
     if config.corpus is Corpus.embedded:
         return embedded.find_parts(config)
     files = _list_files(config)
     if config.sources:
         sizes = {name: _matching(name, config, files) for name in config.sources}
+        _check_disjoint(sizes)
     else:
         sizes = _by_folder(config, files)
     if not any(size for source in sizes.values() for size in source.values()):
@@ -139,6 +141,19 @@ def _matching(name: str, config: DataConfig, files: dict[str, int]) -> dict[str,
         )
     _warn_of_ignored(ignored, f"data.sources.{name}")
     return matched
+
+
+def _check_disjoint(sizes: dict[str, dict[str, int]]) -> None:
+    """A file of two sources would be trained on twice, and be held out of only one of them."""
+    owners: dict[str, str] = {}
+    for name, paths in sizes.items():
+        for path in paths:
+            owner = owners.setdefault(path, name)
+            if owner != name:
+                raise DataError(
+                    f"data.sources: {path} belongs to {owner} and to {name}; narrow the globs so "
+                    "that every file has one source."
+                )
 
 
 def _by_folder(config: DataConfig, files: dict[str, int]) -> dict[str, dict[str, int]]:

@@ -66,7 +66,7 @@ def check_tokenizer(
 def source_weights(config: DataConfig, manifest: Manifest) -> dict[str, float]:
     """The share of each source of the shards: as configured, else as built, else by its tokens.
 
-    Raises ConfigError if configuration and shards name other sources, or only some have weights.
+    Raises ConfigError if configuration and shards name other sources.
     """
     built = {source.name: source for source in manifest.sources}
     if config.sources and set(config.sources) != set(built):
@@ -80,11 +80,6 @@ def source_weights(config: DataConfig, manifest: Manifest) -> dict[str, float]:
         name: config.sources[name].weight if config.sources else source.weight
         for name, source in built.items()
     }
-    unweighted = [name for name, weight in weights.items() if weight is None]
-    if unweighted and len(unweighted) < len(weights):
-        raise ConfigError(
-            f"Sources {unweighted} have no weight and the others do; give all of them one, or none."
-        )
     tokens = {name: float(source.totals("train").tokens) for name, source in built.items()}
     return {name: tokens[name] if weight is None else weight for name, weight in weights.items()}
 

@@ -21,7 +21,7 @@ from pretrain.data.documents import Part, cut_at_blank_lines
 from pretrain.data.progress import Progress
 from pretrain.data.sources import find_parts, read_documents
 from pretrain.data.special_ids import RESERVED, special_ids, special_names
-from pretrain.errors import ConfigError, DataError
+from pretrain.errors import DataError
 
 log = logging.getLogger(__name__)
 
@@ -97,20 +97,13 @@ class Sample:
 
 
 def source_shares(config: DataConfig, sizes: dict[str, int]) -> dict[str, float]:
-    """Each source's share of the sample: by the weights, or without any by the sizes.
-
-    Raises ConfigError if only some sources have a weight.
-    """
-    weights = {name: config.sources[name].weight for name in config.sources}
-    given = {name: weight for name, weight in weights.items() if weight is not None}
-    if given and len(given) < len(sizes):
-        raise ConfigError(
-            f"data.sources: {sorted(set(sizes) - set(given))} have no weight and the others do; "
-            "give all of them one, or none."
-        )
-    amounts = given or {name: float(size) for name, size in sizes.items()}
+    """Each source's share of the sample: by the weights, or without any by the sizes."""
+    weights = {name: source.weight for name, source in config.sources.items()}
+    amounts = {name: float(weights.get(name) or 0) for name in sizes}
+    if not any(amounts.values()):
+        amounts = {name: float(size) for name, size in sizes.items()}
     total = sum(amounts.values()) or 1.0
-    return {name: amounts[name] / total for name in sizes}
+    return {name: amount / total for name, amount in amounts.items()}
 
 
 def train_bytes(config: TokenizerConfig) -> int:

@@ -77,13 +77,14 @@ def test_globs_choose_files_and_a_source_has_its_own_text_key(corpus: Path) -> N
     (corpus / "code/e.jsonl").write_text('{"body": "z"}\n')
     sources = {
         "flat": SourceConfig(paths=["prose/*.txt"]),
-        "all": SourceConfig(paths=["prose/**/*", "prose/b.txt"]),
+        # two globs of one source may meet
+        "deep": SourceConfig(paths=["prose/deep/**/*", "prose/deep/c.txt"]),
         "bodies": SourceConfig(paths=["**/*.jsonl"], text_key="body"),
     }
     found = read_all(files_config(corpus, sources=sources))
     texts = {name: [d.text for d in documents] for name, documents in found.items()}
-    assert texts == {"all": ["a", "b", "c"], "bodies": ["z"], "flat": ["a", "b"]}
-    assert list(find_parts(files_config(corpus, sources=sources))) == ["all", "bodies", "flat"]
+    assert texts == {"bodies": ["z"], "deep": ["c"], "flat": ["a", "b"]}
+    assert list(find_parts(files_config(corpus, sources=sources))) == ["bodies", "deep", "flat"]
 
 
 def test_an_object_store_is_read_like_a_folder() -> None:
@@ -115,6 +116,16 @@ def test_a_root_with_glob_characters_in_its_name_is_read(tmp_path: Path) -> None
 def test_a_source_without_text_is_refused(corpus: Path, paths: list[str], message: str) -> None:
     with pytest.raises(DataError, match=message):
         find_parts(files_config(corpus, sources={"s": SourceConfig(paths=paths)}))
+
+
+def test_a_file_of_two_sources_is_refused(corpus: Path) -> None:
+    # it would be read twice, and held out under one id while it is trained on under the other
+    sources = {
+        name: SourceConfig(paths=paths)
+        for name, paths in {"all": ["**/*"], "deep": ["prose/deep/*"]}.items()
+    }
+    with pytest.raises(DataError, match=r"prose/deep/c\.txt belongs to all and to deep"):
+        find_parts(files_config(corpus, sources=sources))
 
 
 def test_a_corpus_without_text_is_refused(tmp_path: Path) -> None:

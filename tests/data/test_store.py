@@ -35,12 +35,6 @@ def test_configured_weights_go_before_those_of_the_build(make_shards):
     assert source_weights(config, manifest) == {"a": 1.0, "b": 3.0}
 
 
-def test_some_weights_without_the_others_are_refused(make_shards):
-    config, manifest = opened(make_shards({"a": (60, 1.0), "b": (20, None)}))
-    with pytest.raises(ConfigError, match=r"Sources \['b'\] have no weight"):
-        source_weights(config, manifest)
-
-
 def test_sources_that_differ_from_the_shards_are_named(make_shards):
     config, manifest = opened(make_shards({"a": (60, 1.0), "b": (20, 1.0)}))
     config.sources = {"a": SourceConfig(weight=1.0), "c": SourceConfig(weight=1.0)}
