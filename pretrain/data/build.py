@@ -141,16 +141,28 @@ class _Build:
             PartJob(part, self._config, self._tokenizer_path, self._dtype, str(self._stem(part)))
             for part in missing
         ]
-        with Progress("tokenize", total=len(jobs)) as progress:
+        with Progress("tokenize", total=sum(part.stored_bytes for part in missing)) as progress:
             for job, record in encode_parts(jobs, self._config.build_workers):
                 records[job.part] = record
-                progress.advance(tokens=record.tokens, read_bytes=record.text_bytes)
+                progress.advance(
+                    steps=job.part.stored_bytes, tokens=record.tokens, read_bytes=record.text_bytes
+                )
         return {part: record for part, record in records.items() if record is not None}
 
     def _check_space(self, records: dict[Part, PartRecord]) -> None:
         tokens = sum(record.tokens for record in records.values())
         itemsize = 2 if self._dtype == "uint16" else 4
-        written = sum(path.stat().st_size for path in (self._work / "shards").glob("*/*.tar"))
+        # finished ones have a record, and may have found their place already
+        names = [
+            path.relative_to(self._work / "shards").with_suffix(".tar")
+            for path in (self._work / "shards").glob("*/*.json")
+        ]
+        written = sum(
+            path.stat().st_size
+            for folder in (self._work / "shards", self._folder)
+            for path in (folder / name for name in names)
+            if path.exists()
+        )
         needed = max(int(tokens * itemsize * OVERHEAD) - written, 0)
         free = shutil.disk_usage(self._work).free
         if needed > free:
@@ -176,7 +188,12 @@ class _Build:
                 shards[source] = {split: [] for split in SPLITS}
                 for split in SPLITS:
                     for shard in write_split(
-                        files, packing, split=split, source=source, folder=self._work / "shards"
+                        files,
+                        packing,
+                        split=split,
+                        source=source,
+                        folder=self._work / "shards",
+                        final_folder=self._folder,
                     ):
                         shards[source][split].append(shard)
                         progress.advance(steps=shard.tokens, tokens=shard.tokens)

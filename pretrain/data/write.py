@@ -49,14 +49,20 @@ class Packing:
 
 
 def write_split(
-    parts: Sequence[PartFiles], packing: Packing, *, split: str, source: str, folder: Path
+    parts: Sequence[PartFiles],
+    packing: Packing,
+    *,
+    split: str,
+    source: str,
+    folder: Path,
+    final_folder: Path | None = None,
 ) -> Iterator[ShardManifest]:
     """Write the shards of one split of one source below `folder`, as far as they are missing.
 
-    Yields those that were there already, too.
+    Yields those that were there already, too, also if they have moved on to `final_folder`.
     """
     place, written = Place(0, 0, 0), 0
-    for shard, next_place in _finished(folder, source, split):
+    for shard, next_place in _finished(folder, final_folder or folder, source, split):
         place, written = next_place, written + 1
         yield shard
         if shard.rows < packing.shard_rows:
@@ -82,12 +88,16 @@ def write_split(
         yield _write_with_place(folder, name, pending, packing, place)
 
 
-def _finished(folder: Path, source: str, split: str) -> Iterator[tuple[ShardManifest, Place]]:
+def _finished(
+    folder: Path, final_folder: Path, source: str, split: str
+) -> Iterator[tuple[ShardManifest, Place]]:
     for number in range(1_000_000):
-        path = folder / f"{source}/{split}-{number:06d}.tar"
+        name = f"{source}/{split}-{number:06d}.tar"
         try:
-            record = json.loads(_record_of(path).read_bytes())
+            record = json.loads(_record_of(folder / name).read_bytes())
             shard = ShardManifest(**record["shard"])
+            # the record was written after the shard: if that is gone, it has moved on
+            path = folder / name if (folder / name).exists() else final_folder / name
             if path.stat().st_size != shard.bytes:
                 return
         except FileNotFoundError:

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import webdataset as wds
 
-from pretrain.data.build import _explaining_full_disk, build
+from pretrain.data import progress, write
+from pretrain.data.build import _Build, _explaining_full_disk, build
 from pretrain.data.config import Corpus, DataConfig, SourceConfig
 from pretrain.data.manifest import read_manifest
 from pretrain.data.parts import is_held_out
@@ -164,6 +165,43 @@ def test_a_killed_build_goes_on_to_the_same_bytes(config, tokenizer_folder, tmp_
     process.join()
     build(config, tokenizer_folder)
     assert tree(config.shards) == expected
+
+
+@pytest.mark.parametrize("moved", [1, 3])
+def test_a_build_killed_while_shards_find_their_place_writes_none_again(
+    config, tokenizer_folder, tmp_path, monkeypatch, moved
+):
+    build(config, tokenizer_folder)
+    expected = tree(config.shards)
+    config.shards = str(tmp_path / "killed")
+
+    class Killed(BaseException):
+        pass
+
+    def move(self, shard, move_shard=_Build._move, places=iter(range(moved))):
+        if next(places, None) is None:
+            raise Killed
+        move_shard(self, shard)
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(_Build, "_move", move)
+        build(config, tokenizer_folder)
+    assert len(list(Path(config.shards).glob("*/*.tar"))) == moved
+    with monkeypatch.context() as patched:
+        patched.setattr(write, "write_shard", None)
+        build(config, tokenizer_folder)
+    assert tree(config.shards) == expected
+
+
+def test_progress_counts_the_bytes_of_files_and_not_their_number(
+    config, corpus, tokenizer_folder, monkeypatch, caplog
+):
+    monkeypatch.setattr(progress, "LOG_EVERY_S", 0.0)
+    sizes = sorted((path.stat().st_size for path in corpus.rglob("*.*")), reverse=True)
+    with caplog.at_level(logging.INFO):
+        build(config, tokenizer_folder)
+    # the largest file comes first
+    assert f"tokenize {100 * sizes[0] / sum(sizes):.1f} %" in caplog.text
 
 
 def test_a_finished_build_is_left_alone(config, tokenizer_folder):
