@@ -1,6 +1,7 @@
 """The whole configuration as a tree of dataclasses; `compose` turns YAML and overrides into it."""
 
 import dataclasses
+import math
 
 from pretrain.data.config import DataConfig, InspectConfig, TokenizerConfig
 from pretrain.engine.config import CheckpointConfig, EngineConfig
@@ -34,7 +35,7 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         for name in ("nodes", "gpus_per_node", "gpu_memory_bytes", "gpu_flops"):
-            if getattr(self, name) < 1:
+            if not 1 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"cluster.{name}={getattr(self, name)} must be at least 1.")
         if not 0 < self.utilization <= 1:
             raise ConfigError(f"cluster.utilization={self.utilization} must be in (0, 1].")
@@ -74,6 +75,11 @@ class TrainConfig:
             raise ConfigError(
                 f"tokenizer.vocabulary_size={self.tokenizer.vocabulary_size} does not fit into "
                 f"model.vocabulary_size={self.model.vocabulary_size}."
+            )
+        if self.schedule.min_learning_rate > self.optimizer.learning_rate:
+            raise ConfigError(
+                f"schedule.min_learning_rate={self.schedule.min_learning_rate} is above the peak, "
+                f"optimizer.learning_rate={self.optimizer.learning_rate}."
             )
         self._check_dealing(rows)
 

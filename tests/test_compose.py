@@ -60,10 +60,10 @@ def test_huginn_has_every_published_value() -> None:
         ("run.steps=[1]", "run.steps"),
         ("model=huge", "huginn-3.5b"),
         ("engine.precision=fp8", "bf16, fp32"),
-        ("batch.global_tokens=8191", "Nearest: 7936 (31 rows) or 8192 (32 rows)"),
+        ("model.context=256 batch.global_tokens=8191", "Nearest: 7936 (31 rows) or 8192 (32 rows)"),
         ("run.tokens=5", "give one of the two"),
         ("model.heads=3", "head width"),
-        ("depth.lanes=3", "32 rows"),
+        ("model.context=256 batch.global_tokens=8192 depth.lanes=3", "32 rows"),
         ("engine.zero_stage=4", "1, 2 or 3"),
         ("data=files", "data.root=FOLDER"),
         ("validation.depths=[0]", "depths of 1 or more"),
@@ -73,7 +73,7 @@ def test_huginn_has_every_published_value() -> None:
 )
 def test_mistakes_are_refused_by_name(override: str, said: str) -> None:
     with pytest.raises(ConfigError, match=".*") as caught:
-        load("train", [override])
+        load("train", override.split())
     assert said in str(caught.value)
 
 

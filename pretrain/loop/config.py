@@ -27,6 +27,10 @@ class RunConfig:
                 f"run.steps={self.steps} and run.tokens={self.tokens}: give one of the two and "
                 "set the other to null."
             )
+        for name in ("steps", "tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"run.{name}={value} must be at least 1.")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -38,9 +42,14 @@ class BatchConfig:
     micro_rows: int
     """Rows of one forward and backward pass on one rank."""
 
+    def __post_init__(self) -> None:
+        for name in ("global_tokens", "micro_rows"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"batch.{name}={getattr(self, name)} must be at least 1.")
+
     def rows(self, context: int) -> int:
         """Rows of one step. Raises ConfigError if rows of `context` tokens do not fill it."""
-        if self.global_tokens % context or self.global_tokens < context:
+        if self.global_tokens % context:
             lower = max(self.global_tokens // context, 1) * context
             raise ConfigError(
                 f"batch.global_tokens={self.global_tokens} is not a multiple of "

@@ -1,5 +1,6 @@
 """The shape of the model and the law of its depths. Torch-free, so that `plan` is quick."""
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -7,6 +8,17 @@ from pretrain.errors import ConfigError
 
 # The loss holds the logits of so many tokens at once: 1 GiB in float32 at a vocabulary of 65,536.
 CHUNK_TOKENS = 4096
+
+_COUNTS = (
+    "width",
+    "heads",
+    "inner",
+    "prelude_layers",
+    "core_layers",
+    "coda_layers",
+    "vocabulary_size",
+    "context",
+)
 
 
 class DocumentMask(Enum):
@@ -46,14 +58,17 @@ class ModelConfig:
     """causal: attend across documents packed in a row; isolated: mask them, positions restart."""
 
     def __post_init__(self) -> None:
+        for name in _COUNTS:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name}={getattr(self, name)} must be at least 1.")
+        for name in ("rope_base", "norm_epsilon"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"model.{name}={getattr(self, name)} must be above 0.")
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ConfigError(
                 f"model.width={self.width} over model.heads={self.heads} must give an even whole "
                 f"head width, not {self.width / self.heads:g}."
             )
-        for field in ("prelude_layers", "core_layers", "coda_layers", "inner", "context"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"model.{field}={getattr(self, field)} must be at least 1.")
 
     @property
     def head_width(self) -> int:

@@ -1,5 +1,6 @@
 """Optimizer and schedule. Torch-free."""
 
+import math
 from dataclasses import dataclass
 
 from pretrain.errors import ConfigError
@@ -23,13 +24,14 @@ class OptimizerConfig:
     """Largest global L2 norm of the gradient; 0: no clipping."""
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0:
+        if not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"optimizer.learning_rate={self.learning_rate} must be above 0.")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optimizer.{name}={getattr(self, name)} must be in [0, 1).")
-        if self.gradient_clip < 0:
-            raise ConfigError(f"optimizer.gradient_clip={self.gradient_clip} must be 0 or more.")
+        for name in ("weight_decay", "gradient_clip"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"optimizer.{name}={getattr(self, name)} must be 0 or more.")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -43,6 +45,12 @@ class EllisAdamConfig(OptimizerConfig):
     floor: float = 1e-6
     """Smallest sqrt(v)."""
 
+    def __post_init__(self) -> None:
+        # by name: a dataclass with slots is another class than the one that super() remembers
+        OptimizerConfig.__post_init__(self)
+        if not 0 < self.floor < math.inf:
+            raise ConfigError(f"optimizer.floor={self.floor} must be above 0.")
+
 
 @dataclass(kw_only=True, slots=True)
 class AdamWConfig(OptimizerConfig):
@@ -50,6 +58,11 @@ class AdamWConfig(OptimizerConfig):
 
     epsilon: float = 1e-8
     """Added to sqrt(v)."""
+
+    def __post_init__(self) -> None:
+        OptimizerConfig.__post_init__(self)
+        if not 0 < self.epsilon < math.inf:
+            raise ConfigError(f"optimizer.epsilon={self.epsilon} must be above 0.")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -68,4 +81,8 @@ class ScheduleConfig:
             raise ConfigError(
                 f"schedule.warmup_tokens={self.warmup_tokens} and "
                 f"schedule.cooldown_tokens={self.cooldown_tokens} must be 0 or more."
+            )
+        if not 0 <= self.min_learning_rate < math.inf:
+            raise ConfigError(
+                f"schedule.min_learning_rate={self.min_learning_rate} must be 0 or more."
             )
