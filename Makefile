@@ -11,7 +11,7 @@ help:
 	@echo "make test-all  every test, also the slow ones"
 	@echo "make faults    kill points and other faults only"
 	@echo "make check     format, lint and types"
-	@echo "make bench     ratios of loader and kernels on this machine"
+	@echo "make bench     ratios of the loader on this machine"
 	@echo "make clean     remove what make train produced (not .venv)"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -35,6 +35,9 @@ test-all: $(STAMP)
 
 faults: $(STAMP)
 	$(BIN)/python -m pytest tests/faults
+
+bench: $(STAMP)
+	$(BIN)/python kernels/benchmarks/loader.py
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -1,0 +1,50 @@
+"""The benchmark of the loader measures nothing that it has not found right."""
+
+import csv
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).parents[2] / "kernels/benchmarks/loader.py"
+
+
+@pytest.fixture
+def benchmark(tmp_path, monkeypatch):
+    """The program, with little to read."""
+    spec = importlib.util.spec_from_file_location("loader_benchmark", PROGRAM)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name, value in {
+        "SHARDS": 2,
+        "MEMBERS_PER_SHARD": 2,
+        "ROWS_PER_MEMBER": 16,
+        "CONTEXT": 512,
+        "REPEATS": 2,
+        "RESULTS": tmp_path / "results/loader.csv",
+    }.items():
+        monkeypatch.setattr(module, name, value)
+    return module
+
+
+def test_each_run_appends_a_row_for_each_reader(benchmark, capsys):
+    benchmark.main()
+    benchmark.main()
+    with benchmark.RESULTS.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["op"].split()[0] for row in rows] == ["pretrain", "webdataset,"] * 2
+    for row in rows:
+        assert tuple(row) == benchmark.COLUMNS
+        assert 0 < float(row["p20"]) <= float(row["median_us"]) <= float(row["p80"])
+        assert row["commit"]
+    assert f"reads {float(rows[-1]['ratio']):.2f} times as many rows/s" in capsys.readouterr().out
+
+
+def test_a_reader_of_other_rows_is_not_measured(benchmark, monkeypatch):
+    read = benchmark.read_plain
+    monkeypatch.setattr(
+        benchmark, "read_plain", lambda *arguments: (batch + 1 for batch in read(*arguments))
+    )
+    with pytest.raises(SystemExit, match="does not read the rows that were packed"):
+        benchmark.main()
+    assert not benchmark.RESULTS.exists()
