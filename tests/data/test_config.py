@@ -85,6 +85,13 @@ def test_settings_that_contradict_each_other_are_refused(changes, said):
         make(**changes)
 
 
+def test_the_tokenizer_of_huginn_sees_a_megabyte_of_every_source():
+    config = load("train", ["experiment=huginn-3.5b"])
+    assert config.tokenizer.train_bytes is not None
+    weights = [source.weight or 0 for source in config.data.sources.values()]
+    assert config.tokenizer.train_bytes * min(weights) / sum(weights) > 1_000_000
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
