@@ -149,8 +149,9 @@ class ShardReader:
         if actual != expected:
             raise DataError(
                 f"{self.shard.name}: member {member:06d}.{kind}.npy is damaged: its CRC32 is "
-                f"{actual:08x}, the manifest says {expected:08x}. Copy {self._find()} again, or "
-                "remove the shard folder and build again; `pretrain data verify` lists all damage."
+                f"{actual:08x}, the manifest says {expected:08x}. Copy {self._find()} again (in "
+                "data.cache: remove it), or remove the shard folder and build again; "
+                "`pretrain data verify` lists all damage."
             )
         return content
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from pretrain.data.cache import ShardCache, is_url, read_remote
 from pretrain.data.config import DataConfig
 from pretrain.data.manifest import MANIFEST_FILE, Manifest, ShardManifest, read_manifest
+from pretrain.data.mixture import PERIOD
 from pretrain.data.order import Order
 from pretrain.data.shards import RowBytes, ShardReader
 from pretrain.errors import ConfigError, DataError
@@ -93,12 +94,31 @@ def train_order(config: DataConfig, manifest: Manifest, seed: int) -> Order:
                 f"Source {source.name} has the weight {weights[source.name]} but no train rows; "
                 "give it the weight 0, or give it text and build again."
             )
-    return Order(
+    order = Order(
         {source.name: [shard.rows for shard in source.train] for source in manifest.sources},
         list(weights.values()),
         seed=seed,
         window_shards=config.window_shards,
     )
+    _warn_of_lifted(weights, order.mixture.shares)
+    return order
+
+
+def _warn_of_lifted(weights: dict[str, float], shares: list[int]) -> None:
+    """Name the sources that are too small for the mixture's period and are read more often."""
+    total = sum(weights.values())
+    for (name, weight), share in zip(weights.items(), shares, strict=True):
+        wanted = weight / total * PERIOD
+        if share > 2 * wanted:
+            log.warning(
+                "Source %s has %.2g %% of the weights, but gets %d row in %d: %.2g times as much; "
+                "give it the weight 0, or make it part of another source.",
+                name,
+                100 * weight / total,
+                share,
+                PERIOD,
+                share / wanted,
+            )
 
 
 class ShardStore:

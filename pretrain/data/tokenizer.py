@@ -7,7 +7,6 @@ as its three UTF-8 bytes, and ids are decoded through the bytes that each stands
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -23,8 +22,6 @@ from pretrain.errors import DataError
 
 if TYPE_CHECKING:
     from pretrain.data.tokenizer_training import Sample
-
-log = logging.getLogger(__name__)
 
 MODEL_FILE = "tokenizer.model"
 INFO_FILE = "tokenizer_info.json"

@@ -5,7 +5,6 @@ The model's bytes depend on the text and the settings alone, not on the number o
 
 import hashlib
 import io
-import logging
 import os
 import re
 import threading
@@ -22,8 +21,6 @@ from pretrain.data.progress import Progress
 from pretrain.data.sources import find_parts, read_documents
 from pretrain.data.special_ids import RESERVED, special_ids, special_names
 from pretrain.errors import DataError
-
-log = logging.getLogger(__name__)
 
 # Multi-line chunks, so that pieces such as ":\n" are learned; SentencePiece calls them sentences.
 CHUNK_CHARACTERS = 8192

@@ -97,6 +97,19 @@ def test_a_stream_taken_up_twice_goes_on_where_it_was(make_shards):
     assert rows_of(first + second + third) == rows_of(whole)
 
 
+def test_more_ranks_than_shards_read_every_row_once_across_a_resume(make_shards):
+    config = make_shards({"a": (60, 1.0)}, members_per_shard=1000, window_shards=16)
+    assert len(list(Path(config.shards).glob("a/train-*.tar"))) == 1
+    stored = stored_rows(config, "train")
+    epoch = len(stored)
+    steps = -(-2 * epoch // 8)
+    before = [take(config, 2, rank=rank, ranks=8) for rank in range(8)]
+    after = [take(config, steps - 2, first_row=16, rank=rank, ranks=4) for rank in range(4)]
+    read = rows_of([of[step] for step in range(2) for of in before])
+    read += rows_of([of[step] for step in range(steps - 2) for of in after])
+    assert sorted(read[:epoch]) == sorted(read[epoch : 2 * epoch]) == sorted(stored)
+
+
 def test_seeds_give_other_streams(make_shards):
     config = make_shards(SOURCES)
     assert sha256(take(config, 4)) != sha256(take(config, 4, seed=2))

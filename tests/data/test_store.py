@@ -51,6 +51,16 @@ def test_a_source_with_weight_but_no_rows_is_refused(make_shards):
     assert train_order(config, manifest, 0).address(12_345).source == 0
 
 
+def test_a_source_too_small_for_the_period_is_told_how_often_it_is_read(make_shards, caplog):
+    config, manifest = opened(make_shards({"a": (60, 1.0), "b": (20, 1e-5)}))
+    train_order(config, manifest, 0)
+    assert "Source b has 0.001 % of the weights, but gets 1 row in 10000: 10 times" in caplog.text
+    config.sources["b"].weight = 1e-4
+    caplog.clear()
+    train_order(config, manifest, 0)
+    assert not caplog.text
+
+
 def test_shards_of_another_tokenizer_are_refused(make_shards):
     _, manifest = opened(make_shards({"a": (60, 1.0)}))
     check_tokenizer(manifest, vocabulary_size=200_000, tokenizer_sha256=manifest.tokenizer.sha256)
