@@ -15,7 +15,11 @@ GROUPS = sorted(
     if path.parent.name != "user"
 )
 # what an option cannot know by itself
-NEEDS = {"data=files": ["data.root=texts"]}
+NEEDS = {
+    "data=files": ["data.root=texts"],
+    "model=huginn-100m": ["batch.global_tokens=65536"],
+    "model=huginn-3.5b": ["batch.global_tokens=65536"],
+}
 
 
 @pytest.mark.parametrize("option", GROUPS)
@@ -72,13 +76,13 @@ def test_huginn_has_every_published_value() -> None:
     ],
 )
 def test_mistakes_are_refused_by_name(override: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=".*") as caught:
+    with pytest.raises(ConfigError) as caught:
         load("train", override.split())
     assert said in str(caught.value)
 
 
 def test_indivisible_batch_names_the_nearest() -> None:
-    config = load("train", [])
+    config = load("train", ["model.context=256", "batch.global_tokens=8192", "batch.micro_rows=16"])
     with pytest.raises(ConfigError, match=r"3 ranks x batch.micro_rows=16 x model.context=256"):
         config.batch.micro_steps(context=256, ranks=3)
     assert config.batch.micro_steps(context=256, ranks=2) == 1
