@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
 
-from pretrain.errors import EXIT_BUG, EXIT_CONFIG, EXIT_FINISHED, PretrainError
+from pretrain.errors import EXIT_BUG, EXIT_CONFIG, EXIT_FINISHED, ConfigError, PretrainError
 
 
 class Command(NamedTuple):
@@ -33,6 +33,17 @@ COMMANDS = (
     Command("train", "train", "train, or resume the run folder"),
     Command("evaluate", "evaluate", "held-out loss at several depths"),
     Command("generate", "generate", "continue a prompt"),
+)
+
+# what a shell says of a process that Ctrl-C has ended
+EXIT_INTERRUPTED = 130
+MULTIRUN_FLAGS = ("-m", "--multirun")
+# Run folders are ours: Hydra makes none, and leaves logging alone.
+WITHOUT_OUTPUTS = (
+    "hydra.run.dir=.",
+    "hydra.output_subdir=null",
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
 )
 
 
@@ -56,7 +67,7 @@ def _run(arguments: list[str]) -> int:
     try:
         module = import_module("pretrain." + command.words.replace(" ", "."))
         if any(argument.startswith("-") for argument in rest):
-            return _run_by_hydra(command, module.main, rest)
+            return _run_with_flags(command, module.main, rest)
         from pretrain.compose import load
 
         code = module.main(load(command.primary, rest))
@@ -64,6 +75,8 @@ def _run(arguments: list[str]) -> int:
     except PretrainError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     except Exception:
         traceback.print_exc()
         return EXIT_BUG
@@ -77,30 +90,56 @@ def _find(arguments: list[str]) -> tuple[Command | None, list[str]]:
     return None, arguments
 
 
-def _run_by_hydra(command: Command, function: Any, rest: list[str]) -> int:
-    """Hydra's own entry point, for its flags: --help, --cfg, --info, --multirun, completion."""
+def _run_with_flags(command: Command, function: Any, rest: list[str]) -> int:
+    """Hydra's own flags: --help, --cfg, --info, --config-dir, completion; and --multirun."""
+    from hydra._internal.utils import get_args_parser
+
+    from pretrain.compose import load
+
+    try:
+        flags = get_args_parser().parse_intermixed_args(rest)
+    except SystemExit as leaving:
+        return EXIT_CONFIG if leaving.code else EXIT_FINISHED
+    if flags.multirun:
+        from pretrain.multirun import run_jobs
+
+        if others := [text for text in rest if text[0] == "-" and text not in MULTIRUN_FLAGS]:
+            raise ConfigError(f"{' '.join(others)} cannot go with --multirun.")
+        return run_jobs(command.words, command.primary, flags.overrides)
+    is_elsewhere = flags.config_dir or flags.config_name or flags.config_path
+    if (flags.cfg or flags.info) and not is_elsewhere:
+        # Hydra shows a misspelt key that was added with + as if something read it
+        load(command.primary, flags.overrides)
+    asked = [text for text in rest if text not in flags.overrides]
+    composed = _compose_by_hydra(command, flags.overrides, asked)
+    if composed is None:
+        return EXIT_FINISHED
+    from pretrain.compose import to_object
+
+    return int(function(to_object(composed, "the configuration")) or EXIT_FINISHED)
+
+
+def _compose_by_hydra(command: Command, overrides: list[str], flags: list[str]) -> Any:
+    """What Hydra's entry point composes; None if the flags only asked it to print something."""
     import hydra
-    from omegaconf import OmegaConf
 
     from pretrain.compose import register_schemas
     from pretrain.paths import config_source
 
     register_schemas()
-    codes: list[int] = []
-
-    def job(composed: Any) -> None:
-        codes.append(function(OmegaConf.to_object(composed)) or EXIT_FINISHED)
-
-    sys.argv = [f"pretrain {command.words}", *rest]
+    found: list[Any] = []
+    # flags last: --info takes a word that follows it
+    sys.argv = [f"pretrain {command.words}", *overrides, *WITHOUT_OUTPUTS, *flags]
     entry = hydra.main(
         config_path=config_source(), config_name=command.primary, version_base="1.3"
-    )(job)
+    )(found.append)
     try:
         entry()
     except SystemExit as leaving:
-        # Hydra says 1 for every mistake in flags and overrides
-        return EXIT_CONFIG if leaving.code else EXIT_FINISHED
-    return max(codes, default=EXIT_FINISHED)
+        # it has said why
+        if leaving.code:
+            raise ConfigError(f"Hydra could not take {' '.join(overrides + flags)}.") from None
+    return found[0] if found else None
 
 
 def _usage() -> str:

@@ -17,6 +17,7 @@ from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -37,7 +38,16 @@ SCHEMAS = {
 OPTIMIZERS = {"ellis-adam": EllisAdamConfig, "adamw": AdamWConfig}
 
 # What a later life of a run may not change: the stream of rows, depths and states, and the model.
-FIXED_FOR_A_RUN = ("model.", "depth.", "run.seed", "optimizer.name", "tokenizer.vocabulary_size")
+FIXED_FOR_A_RUN = (
+    "model.",
+    "depth.",
+    "run.seed",
+    "batch.global_tokens",
+    "data.sources",
+    "data.window_shards",
+    "optimizer.name",
+    "tokenizer.vocabulary_size",
+)
 
 
 def register_schemas() -> None:
@@ -55,8 +65,8 @@ def load(primary: str, overrides: Sequence[str]) -> Any:
     """The configuration named `primary` (train, data, evaluate, generate) with overrides.
 
     For `train`, a run folder that exists gives its frozen config.yaml as the base, unless the
-    overrides choose groups (experiment=..., model=...): then the composed configuration is
-    compared with the frozen one by `check_resumable`.
+    overrides choose groups (experiment=..., model=...): then the composed configuration counts,
+    and `check_resumable` compares it with the frozen one before training.
 
     Raises ConfigError for unknown keys, wrong types, missing values and failed cross-checks.
     """
@@ -66,10 +76,19 @@ def load(primary: str, overrides: Sequence[str]) -> Any:
         if primary == "train" and not _chooses_groups(overrides):
             frozen = Path(composed.run.dir) / "config.yaml"
             if frozen.is_file():
-                return _to_object(_apply(_read(frozen), overrides), str(frozen))
-        return _to_object(composed, f"conf/{primary}.yaml")
+                log.info("%s exists: its settings count, not those of conf/", frozen)
+                return to_object(_apply(_read(frozen), overrides), str(frozen))
+        return to_object(composed, f"conf/{primary}.yaml")
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from error
+
+
+def parse_overrides(overrides: Sequence[str]) -> list[Override]:
+    """Hydra's reading of key=value; ConfigError for what cannot be read."""
+    try:
+        return list(OverridesParser.create().parse_overrides(list(overrides)))
+    except OverrideParseException as error:
+        raise _unreadable(error) from error
 
 
 def freeze(config: tree.TrainConfig) -> str:
@@ -93,7 +112,7 @@ def thaw(run_dir: Path) -> tree.TrainConfig:
             f"{run_dir} is no run folder: it has no config.yaml. Give run.dir=... of a run that "
             "`pretrain train` has started."
         )
-    return cast(tree.TrainConfig, _to_object(_read(path), str(path)))
+    return cast(tree.TrainConfig, to_object(_read(path), str(path)))
 
 
 def differences(old: tree.TrainConfig, new: tree.TrainConfig) -> dict[str, tuple[Any, Any]]:
@@ -106,14 +125,13 @@ def differences(old: tree.TrainConfig, new: tree.TrainConfig) -> dict[str, tuple
 
 
 def check_resumable(old: tree.TrainConfig, new: tree.TrainConfig) -> None:
-    """Refuse a life whose model or stream differs from the run's; warn of every other change.
+    """Refuse a life whose model or stream differs from the run's.
 
     Raises ConfigError that names each fixed key with both values.
     """
-    changed = differences(old, new)
     refused = [
         f"  {key}: {was} in the run folder, {now} asked for"
-        for key, (was, now) in changed.items()
+        for key, (was, now) in differences(old, new).items()
         if key.startswith(FIXED_FOR_A_RUN)
     ]
     if refused:
@@ -122,8 +140,6 @@ def check_resumable(old: tree.TrainConfig, new: tree.TrainConfig) -> None:
             + "\n".join(refused)
             + "\nChoose another run.dir (or run.name), or drop the override."
         )
-    for key, (was, now) in changed.items():
-        log.warning("resuming with %s=%s (was %s)", key, now, was)
 
 
 def _compose(primary: str, overrides: Sequence[str]) -> DictConfig:
@@ -135,15 +151,23 @@ def _compose(primary: str, overrides: Sequence[str]) -> DictConfig:
         with initialize(source.removeprefix("pkg://"), version_base="1.3"):
             return compose(primary, overrides=list(overrides))
     except OverrideParseException as error:
-        raise ConfigError(
-            f"{error.override} cannot be read as key=value. A value with special characters needs "
-            "two pairs of quotes: generate.prompt='\"def main(\"'"
-        ) from error
+        raise _unreadable(error) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error) + _nearest_key(error, primary)) from error
+    except ValueError as error:
+        # Hydra's word for group=null
+        raise ConfigError(f"{error}. Leave a group out with ~experiment, not null.") from error
 
 
-def _to_object(node: Any, where: str) -> Any:
+def _unreadable(error: OverrideParseException) -> ConfigError:
+    return ConfigError(
+        f"{error.override} cannot be read as key=value. A value with special characters needs "
+        "two pairs of quotes: generate.prompt='\"def main(\"'"
+    )
+
+
+def to_object(node: Any, where: str) -> Any:
+    """Our dataclasses from a composed node; `where` names it in a ConfigError."""
     missing = sorted(str(key) for key in OmegaConf.missing_keys(node))
     if missing:
         raise ConfigError(f"{where} needs a value for {', '.join(missing)}: {missing[0]}=...")
@@ -172,7 +196,7 @@ def _read(path: Path) -> Any:
 
 
 def _apply(node: Any, overrides: Sequence[str]) -> Any:
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
+    for override in parse_overrides(overrides):
         if override.is_add() or override.is_delete():
             raise ConfigError(
                 f"{override.input_line}: a run that exists takes plain key=value overrides only."

@@ -72,6 +72,7 @@ def test_huginn_has_every_published_value() -> None:
         ("data=files", "data.root=FOLDER"),
         ("validation.depths=[0]", "depths of 1 or more"),
         ("generate.seed=1", "generate"),
+        ("experiment=null", "~experiment"),
         ("run.name=a(b", "two pairs of quotes"),
     ],
 )

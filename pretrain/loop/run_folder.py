@@ -2,9 +2,11 @@
 
 config.yaml           the frozen configuration
 metrics.jsonl         one object per step and per validation
+metrics.discarded.jsonl   records of steps that a later life took again
 checkpoints/          whole checkpoints, and `latest`
 logs/rank-00000.log   one log per rank, appended to by every life
 plots/                pictures of the record
+evaluation/           what `pretrain evaluate` found
 wandb/                W&B's files
 lock.json             who is writing here now
 requeue.json          left by a life that was told to stop: job, restart, step
@@ -15,14 +17,16 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar, cast
 
-from pretrain.compose import as_dict, check_resumable, thaw, write_frozen
+from pretrain.compose import as_dict, check_resumable, differences, thaw, write_frozen
 from pretrain.config import TrainConfig
 from pretrain.engine.world import World
 from pretrain.errors import ConfigError, PretrainError
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -47,7 +51,13 @@ def check_run_folder(config: TrainConfig, world: World) -> None:
 
 
 def begin_life(config: TrainConfig, run_dir: Path) -> None:
-    """Freeze the configuration, and forget that the life before asked to be requeued."""
+    """Freeze the configuration, and forget that the life before asked to be requeued.
+
+    What differs from the life before is said in one WARNING each.
+    """
+    if (run_dir / "config.yaml").is_file():
+        for key, (was, now) in differences(thaw(run_dir), config).items():
+            log.warning("resuming with %s=%s (was %s)", key, now, was)
     write_frozen(config, run_dir)
     (run_dir / "requeue.json").unlink(missing_ok=True)
 
@@ -67,15 +77,29 @@ def log_to_folder(run_dir: Path, rank: int) -> None:
 
 def on_rank_0(world: World, deed: Callable[[], object]) -> None:
     """Do on rank 0 what may fail, and fail on every rank if it did, instead of hanging there."""
+    on_all_ranks(world, deed if world.is_main else lambda: None)
+
+
+def on_all_ranks(world: World, deed: Callable[[], T]) -> T:
+    """Do on every rank what may fail on one; all fail with the first rank's error if one did.
+
+    A disk that refuses becomes a ConfigError: another folder, or more room, is the remedy.
+    """
+    result: T | None = None
     problem: PretrainError | None = None
-    if world.is_main:
-        try:
-            deed()
-        except PretrainError as error:
-            problem = error
-    problem = world.broadcast_object(problem)
-    if problem is not None:
-        raise problem
+    try:
+        result = deed()
+    except PretrainError as error:
+        problem = error
+    except OSError as error:
+        problem = ConfigError(
+            f"rank {world.rank}: {error}. Make room or give permission there, or choose another "
+            "run.dir."
+        )
+    problems = [error for error in world.gather_objects(problem) if error is not None]
+    if problems:
+        raise problems[0]
+    return cast(T, result)
 
 
 def write_requeue_record(run_dir: Path, step: int) -> None:

@@ -1,0 +1,96 @@
+"""`--multirun`: every combination of swept values, one clean process after the other.
+
+    pretrain plan --multirun cluster.nodes=8,16,32
+    pretrain train -m optimizer.learning_rate=1e-3,2e-3 run.name='lr-${optimizer.learning_rate}'
+
+Hydra would run all jobs in one process, where process groups and DeepSpeed start only once.
+"""
+
+import itertools
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from pretrain.compose import load, parse_overrides
+from pretrain.errors import EXIT_FINISHED, EXIT_SAVED_ON_SIGNAL, ConfigError
+
+log = logging.getLogger(__name__)
+
+_FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def run_jobs(words: str, primary: str, overrides: Sequence[str]) -> int:
+    """Run the command `words` once for each combination; the largest exit code.
+
+    All jobs are checked before the first one starts. A job that saved on a signal is the last.
+    Raises ConfigError.
+    """
+    jobs = combinations(overrides)
+    _check(words, primary, jobs)
+    code = EXIT_FINISHED
+    for number, job in enumerate(jobs, start=1):
+        log.info("job %d of %d: %s %s", number, len(jobs), words, " ".join(job))
+        own = _run([sys.executable, "-m", "pretrain", *words.split(), *job])
+        if own == EXIT_SAVED_ON_SIGNAL:
+            return own
+        code = max(code, own)
+    return code
+
+
+def combinations(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of each job; the last sweep varies fastest. Raises ConfigError."""
+    choices: list[list[str]] = []
+    for override in parse_overrides(overrides):
+        text = str(override.input_line)
+        if override.key_or_group.startswith("hydra"):
+            raise ConfigError(
+                f"{text} has no effect with --multirun: its jobs run here, one after the other."
+            )
+        if not override.is_sweep_override():
+            choices.append([text])
+        elif override.is_discrete_sweep():
+            key = override.get_key_element()
+            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        else:
+            raise ConfigError(f"{text} names no values; give them one by one: key=1,2,3.")
+    return [list(job) for job in itertools.product(*choices)]
+
+
+def _check(words: str, primary: str, jobs: list[list[str]]) -> None:
+    if int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
+        raise ConfigError(
+            "--multirun starts its jobs one after the other on one process each; start or submit "
+            "each run of several ranks by itself."
+        )
+    configs = [load(primary, job) for job in jobs]
+    folders = [config.run.dir for config in configs]
+    if words == "train" and len(set(folders)) < len(folders):
+        twice = next(folder for folder in folders if folders.count(folder) > 1)
+        raise ConfigError(
+            f"{folders.count(twice)} of {len(jobs)} jobs would train in run.dir={twice}. Let the "
+            "swept value name the run: run.name='lr-${optimizer.learning_rate}'."
+        )
+
+
+def _run(command: list[str]) -> int:
+    """The exit code of a job that gets our signals; a terminal sends it Ctrl-C by itself."""
+    process: subprocess.Popen[bytes] | None = None
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        if process is not None and number in _FORWARDED:
+            process.send_signal(number)
+
+    watched = (signal.SIGINT, *_FORWARDED)
+    previous = {number: signal.signal(number, forward) for number in watched}
+    try:
+        process = subprocess.Popen(command)
+        code = process.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    # as a shell says it: 128 + signal
+    return code if code >= 0 else 128 - code
