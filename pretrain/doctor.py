@@ -212,8 +212,7 @@ def check_data(config: TrainConfig) -> Iterator[Finding]:
         detail = f"{tokenizer.vocabulary_size} pieces at {config.tokenizer.path}"
         yield Finding(Status.ok, "tokenizer", detail)
     except PretrainError as error:
-        # the shards alone are enough to train
-        yield Finding(Status.warn, "tokenizer", str(error))
+        yield Finding(Status.missing, "tokenizer", str(error), error=type(error))
     try:
         manifest = open_manifest(config.data)
         check_tokenizer(

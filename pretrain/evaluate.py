@@ -12,10 +12,11 @@ from rich.table import Table
 
 from pretrain.compose import thaw
 from pretrain.config import EvaluateConfig
-from pretrain.data.loader import valid_rows
+from pretrain.data.loader import open_manifest, valid_rows
 from pretrain.engine.config import Device
 from pretrain.engine.world import join, leave
 from pretrain.loop.plots import plot_depth_curve
+from pretrain.loop.state import check_same_data
 from pretrain.loop.trained import load_trained
 from pretrain.loop.validation import validate
 
@@ -31,9 +32,9 @@ def main(config: EvaluateConfig) -> None:
     # where the run was trained says nothing about where it is evaluated
     world = join(dataclasses.replace(thaw(run_dir).engine, device=Device.auto))
     trained = load_trained(run_dir, world.device)
-    held_out = valid_rows(
-        trained.config.data, rows=config.evaluate.rows, rank=world.rank, ranks=world.size
-    )
+    data = trained.config.data
+    check_same_data(trained.state, open_manifest(data).fingerprint, data.shards)
+    held_out = valid_rows(data, rows=config.evaluate.rows, rank=world.rank, ranks=world.size)
     result = validate(trained.model, trained.config, world, held_out, depths=config.evaluate.depths)
     if world.is_main:
         _report(run_dir, trained.step, result)

@@ -1,5 +1,6 @@
 """The command `pretrain generate`: continue a prompt, thinking as long as it is told to."""
 
+import logging
 import sys
 
 import torch
@@ -7,8 +8,11 @@ import torch
 from pretrain.config import GenerateConfig
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import ConfigError
+from pretrain.loop.state import check_same_tokenizer
 from pretrain.loop.trained import load_trained
 from pretrain.model.generation import generate
+
+log = logging.getLogger(__name__)
 
 
 def main(config: GenerateConfig) -> None:
@@ -17,6 +21,7 @@ def main(config: GenerateConfig) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained = load_trained(config.run.dir, device)
     tokenizer = Tokenizer.load(trained.config.tokenizer.path)
+    check_same_tokenizer(trained.state, tokenizer.sha256, trained.config.tokenizer.path)
     prompt = [tokenizer.special.begin_text, *tokenizer.encode(options.prompt)]
     room = trained.config.model.context - len(prompt)
     if room < 1:
@@ -24,7 +29,14 @@ def main(config: GenerateConfig) -> None:
             f"generate.prompt has {len(prompt)} tokens, which leaves no room in a context of "
             f"{trained.config.model.context}. Shorten the prompt."
         )
-    shown = ""
+    if room < options.max_new_tokens:
+        log.warning(
+            "the context of %d has room for %d new tokens, not generate.max_new_tokens=%d",
+            trained.config.model.context,
+            room,
+            options.max_new_tokens,
+        )
+    shown = text = ""
     ids: list[int] = []
     for token in generate(
         trained.model,
@@ -44,4 +56,4 @@ def main(config: GenerateConfig) -> None:
             sys.stdout.write(text[len(shown) :])
             sys.stdout.flush()
             shown = text
-    print()
+    print(text[len(shown) :])

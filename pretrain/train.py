@@ -5,7 +5,7 @@ One process, torchrun and srun start the same program; ranks come from the envir
 
 import logging
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -32,7 +32,6 @@ from pretrain.errors import (
     EXIT_FINISHED,
     EXIT_SAVED_ON_SIGNAL,
     CheckpointError,
-    DataError,
     DivergenceError,
 )
 from pretrain.loop.lock import RunLock
@@ -41,11 +40,12 @@ from pretrain.loop.run_folder import (
     begin_life,
     check_run_folder,
     log_to_folder,
+    on_all_ranks,
     on_rank_0,
     write_requeue_record,
 )
 from pretrain.loop.signals import StopSignals
-from pretrain.loop.state import TrainState
+from pretrain.loop.state import TrainState, check_same_data
 from pretrain.loop.steps import Session, training_steps
 from pretrain.loop.validation import validate
 from pretrain.model.init import initialize
@@ -84,7 +84,7 @@ def _life(config: TrainConfig, world: World, stop: StopSignals, lock: RunLock) -
     run_dir = Path(config.run.dir)
     on_rank_0(world, lambda: sweep_temporaries(run_dir))
     inputs = _check_inputs(config, world)
-    log_to_folder(run_dir, world.rank)
+    on_all_ranks(world, lambda: log_to_folder(run_dir, world.rank))
     if inputs.step >= config.total_steps:
         log.info(
             "%s has all its %d steps; give more with run.steps=...", run_dir, config.total_steps
@@ -128,8 +128,8 @@ def _train(session: Session, held_out: Batch, record: Record, lock: RunLock) -> 
 class _Inputs(NamedTuple):
     """What a life starts from, all of it checked."""
 
-    fingerprint: str
-    """Of the shards."""
+    identity: dict[str, str]
+    """Hashes of shards and tokenizer; kept in every checkpoint."""
     held_out: Batch
     """This rank's rows of the valid split."""
     newest: Path | None
@@ -140,23 +140,31 @@ class _Inputs(NamedTuple):
 
 def _check_inputs(config: TrainConfig, world: World) -> _Inputs:
     """Shards, tokenizer and checkpoint; they must belong together and to this configuration."""
-    manifest = open_manifest(config.data)
-    check_tokenizer(
-        manifest,
-        vocabulary_size=config.model.vocabulary_size,
-        tokenizer_sha256=Tokenizer.load(config.tokenizer.path).sha256,
-    )
     config.batch.micro_steps(context=config.model.context, ranks=world.size)
-    held_out = valid_rows(
-        config.data, rows=config.validation.rows, rank=world.rank, ranks=world.size
-    )
+    identity, held_out = on_all_ranks(world, lambda: _check_data(config, world))
     newest = newest_checkpoint(Path(config.run.dir), world)
     step = 0
     if newest is not None:
         saved = read_state(newest)
-        _check_same_data(saved, manifest.fingerprint, config.data.shards)
+        check_same_data(saved, identity["data_fingerprint"], config.data.shards)
         step = TrainState.from_dict(saved["train"]).step
-    return _Inputs(manifest.fingerprint, held_out, newest, step)
+    return _Inputs(identity, held_out, newest, step)
+
+
+def _check_data(config: TrainConfig, world: World) -> tuple[dict[str, str], Batch]:
+    """The identity of shards and tokenizer, and this rank's held-out rows."""
+    manifest = open_manifest(config.data)
+    tokenizer = Tokenizer.load(config.tokenizer.path)
+    check_tokenizer(
+        manifest,
+        vocabulary_size=config.model.vocabulary_size,
+        tokenizer_sha256=tokenizer.sha256,
+    )
+    held_out = valid_rows(
+        config.data, rows=config.validation.rows, rank=world.rank, ranks=world.size
+    )
+    identity = {"data_fingerprint": manifest.fingerprint, "tokenizer_sha256": tokenizer.sha256}
+    return identity, held_out
 
 
 def _open_session(config: TrainConfig, world: World, stop: StopSignals, inputs: _Inputs) -> Session:
@@ -187,17 +195,8 @@ def _open_session(config: TrainConfig, world: World, stop: StopSignals, inputs: 
         batches=batches,
         state=state,
         stop=stop,
-        fingerprint=inputs.fingerprint,
+        identity=inputs.identity,
     )
-
-
-def _check_same_data(saved: dict[str, Any], fingerprint: str, shards: str) -> None:
-    if saved["data_fingerprint"] != fingerprint:
-        raise DataError(
-            f"The run has trained on data {saved['data_fingerprint'][:12]}, but {shards} holds "
-            f"{fingerprint[:12]}: rows would be lost or repeated. Give the run its own shards "
-            "back (data.shards=...), or start another run."
-        )
 
 
 def _stop_if_diverged(state: TrainState) -> None:
@@ -213,7 +212,7 @@ def _save(session: Session, record: Record, *, must: bool) -> None:
     """Save; a failed save in mid-run is reported and survived, the last one is not."""
     record.sync()
     run_dir = Path(session.config.run.dir)
-    state = {"train": session.state.as_dict(), "data_fingerprint": session.fingerprint}
+    state = {"train": session.state.as_dict(), **session.identity}
     try:
         path = save_checkpoint(
             session.engine, session.world, run_dir, step=session.state.step, state=state
@@ -225,4 +224,7 @@ def _save(session: Session, record: Record, *, must: bool) -> None:
         log.error("training goes on without this save: %s", error)
         return
     if session.world.is_main:
-        prune_checkpoints(run_dir, session.config.checkpoint, saved=path)
+        try:
+            prune_checkpoints(run_dir, session.config.checkpoint, saved=path)
+        except OSError as error:
+            log.error("an old checkpoint could not be deleted: %s", error)

@@ -61,8 +61,9 @@ def test_machine_without_shards_is_told_to_build_them_and_secrets_stay_secret(tm
     assert result.returncode == 65
     assert "missing shards" in result.stdout
     assert "pretrain data build" in result.stdout
-    assert "1 of" in result.stderr
-    assert "keep this machine from training tiny: shards." in result.stderr
+    assert "missing tokenizer" in result.stdout
+    assert "2 of" in result.stderr
+    assert "keep this machine from training tiny: tokenizer, shards." in result.stderr
     assert "trial step    cpu, bf16, ZeRO-2: loss 6." in result.stdout
     assert "wandb         online (logging.wandb=auto)" in result.stdout
     assert "a-secret" not in result.stdout + result.stderr

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from pretrain.errors import DataError
+
 
 @dataclasses.dataclass(slots=True)
 class TrainState:
@@ -31,3 +33,23 @@ class TrainState:
     def from_dict(cls, values: dict[str, Any]) -> "TrainState":
         """The state that `as_dict` gave."""
         return cls(**values)
+
+
+def check_same_data(saved: dict[str, Any], fingerprint: str, shards: str) -> None:
+    """Raise DataError if a checkpoint's state names other shards than those at `shards`."""
+    if saved["data_fingerprint"] != fingerprint:
+        raise DataError(
+            f"The run has trained on data {saved['data_fingerprint'][:12]}, but {shards} holds "
+            f"{fingerprint[:12]}: rows would be lost or repeated, and held-out text may have been "
+            "trained on. Put the run's own shards back, or start another run."
+        )
+
+
+def check_same_tokenizer(saved: dict[str, Any], sha256: str, path: str) -> None:
+    """Raise DataError if a checkpoint's state names another tokenizer than the one at `path`."""
+    known = str(saved.get("tokenizer_sha256", "unknown"))
+    if known != sha256:
+        raise DataError(
+            f"The run has trained on ids of tokenizer {known[:12]}, but {path} holds "
+            f"{sha256[:12]}: its text would be nonsense. Put the run's own tokenizer back there."
+        )

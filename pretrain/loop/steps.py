@@ -34,7 +34,8 @@ class Session:
     batches: Iterator[Batch]
     state: TrainState
     stop: StopSignals
-    fingerprint: str
+    identity: dict[str, str]
+    """Hashes of shards and tokenizer; kept in every checkpoint."""
 
 
 class StepRecord(NamedTuple):

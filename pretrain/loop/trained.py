@@ -1,13 +1,13 @@
 """A trained model out of a run folder, without any engine: for evaluation and generation."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from pretrain.compose import thaw
 from pretrain.config import TrainConfig
-from pretrain.engine.checkpoint import load_weights, newest_checkpoint
+from pretrain.engine.checkpoint import load_weights, newest_checkpoint, read_state
 from pretrain.engine.config import Precision
 from pretrain.errors import CheckpointError
 from pretrain.model.recurrent import RecurrentModel
@@ -20,6 +20,8 @@ class Trained(NamedTuple):
     model: RecurrentModel
     step: int
     dtype: torch.dtype
+    state: dict[str, Any]
+    """What the loop saved with it: its counters, and hashes of shards and tokenizer."""
 
 
 def load_trained(run_dir: str | Path, device: torch.device) -> Trained:
@@ -41,4 +43,5 @@ def load_trained(run_dir: str | Path, device: torch.device) -> Trained:
     model = model.to_empty(device=device)
     weights = {name: weight.to(device, dtype) for name, weight in load_weights(newest).items()}
     model.load_state_dict(weights, strict=True)
-    return Trained(config, model.eval(), int(newest.name.removeprefix("step-")), dtype)
+    step = int(newest.name.removeprefix("step-"))
+    return Trained(config, model.eval(), step, dtype, read_state(newest))
