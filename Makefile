@@ -9,7 +9,7 @@ help:
 	@echo "make train     install if needed, then raw text to a trained model on this CPU"
 	@echo "make test      install if needed, then the tests (under 15 minutes)"
 	@echo "make test-all  every test, also the slow ones"
-	@echo "make faults    kill points and other faults only"
+	@echo "make faults    kills, full disks, damage, hangs only"
 	@echo "make check     format, lint and types"
 	@echo "make bench     ratios of the loader on this machine"
 	@echo "make clean     remove what make train produced (not .venv)"
@@ -34,7 +34,7 @@ test-all: $(STAMP)
 	$(BIN)/python -m pytest
 
 faults: $(STAMP)
-	$(BIN)/python -m pytest tests/faults
+	$(BIN)/python -m pytest -m faults
 
 bench: $(STAMP)
 	$(BIN)/python kernels/benchmarks/loader.py

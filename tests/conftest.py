@@ -21,7 +21,10 @@ SMALL = [
     "checkpoint.every_steps=2", "run.steps=6",
 ]  # fmt: skip
 
-WORDS = "state core loop depth token row shard seed rank step loss think again deeper".split()
+WORDS = [
+    "state", "core", "loop", "depth", "token", "row", "shard", "seed", "rank", "step", "loss",
+    "think", "again", "deeper",
+]  # fmt: skip
 
 
 def write_text(root: Path) -> None:

@@ -20,7 +20,8 @@ MAY_BE = {
     0: {
         "run.seed", "optimizer.weight_decay", "optimizer.beta1", "optimizer.beta2",
         "optimizer.gradient_clip", "schedule.warmup_tokens", "schedule.cooldown_tokens",
-        "schedule.min_learning_rate", "engine.zero3_persistent_elements", "checkpoint.keep_every_steps",
+        "schedule.min_learning_rate", "engine.zero3_persistent_elements",
+        "checkpoint.keep_every_steps",
     },
     -1: {"run.seed"},
     math.nan: set(),

@@ -12,7 +12,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(
-    path for tree in ("pretrain", "kernels/pretrain_kernels") for path in (ROOT / tree).rglob("*.py")
+    path
+    for tree in ("pretrain", "kernels/pretrain_kernels")
+    for path in (ROOT / tree).rglob("*.py")
 )
 # commands -> loop, engine -> model, data, optim -> kernels
 LAYERS = {"pretrain_kernels": 0, "model": 1, "data": 1, "optim": 1, "engine": 2, "loop": 3}
@@ -91,7 +93,8 @@ def test_folders_that_must_not_shadow_packages(folder: str) -> None:
 
 
 def test_every_package_is_listed() -> None:
-    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    listed = set(project["tool"]["setuptools"]["packages"])
     found = {module_name(path) for path in MODULES if path.name == "__init__.py"}
     assert listed == found | {"pretrain.conf"}
 

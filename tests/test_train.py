@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,7 +95,7 @@ def kill_after(workspace: Path, name: str, step: int) -> None:
     metrics = workspace / f"out/runs/{name}/metrics.jsonl"
     deadline = time.monotonic() + 90
     try:
-        while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
+        while not (metrics.exists() and f'"step":{step},' in metrics.read_text()):
             assert process.poll() is None, f"{name} ended before step {step}"
             assert time.monotonic() < deadline, f"{name} did not reach step {step}"
             time.sleep(0.005)
@@ -103,6 +104,7 @@ def kill_after(workspace: Path, name: str, step: int) -> None:
         process.wait()
 
 
+@pytest.mark.faults
 def test_two_resumes_after_kill_are_bitwise_the_same_run(workspace: Path, finished: Path) -> None:
     kill_after(workspace, "killed", 3)
     kill_after(workspace, "killed", 5)
@@ -114,6 +116,7 @@ def test_two_resumes_after_kill_are_bitwise_the_same_run(workspace: Path, finish
     assert weights_of(killed, 6) == weights_of(finished, 6)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_saves_and_asks_to_be_requeued(
     workspace: Path, finished: Path, number: signal.Signals
@@ -175,12 +178,26 @@ def test_a_run_on_two_ranks_resumes_on_one(workspace: Path, finished: Path) -> N
     assert steps[5][3:] == read_steps(finished)[5][3:]
 
 
+@pytest.mark.faults
+def test_a_run_is_not_read_with_other_shards(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished.parent.parent, tmp_path / "out")
+    (manifest,) = (tmp_path / "out/data").rglob("manifest.json")
+    manifest.write_text(manifest.read_text() + "\n")
+    for command in (["evaluate", "evaluate.depths=[1]"], ["train", "run.steps=7"]):
+        done = run_cli(tmp_path, *command, "run.dir=out/runs/whole")
+        assert done.returncode == 65
+        assert "The run has trained on data" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
 BAD = [
     (["model.width=64"], 64, "model.width: 32 in the run folder, 64 asked for"),
     (["model=tiny", "model.typo=1"], 64, "model.typo"),
     (["batch.micro_rows=5"], 64, "does not divide: 1 ranks x batch.micro_rows=5"),
     (["data.shards=nowhere"], 65, "pretrain data build"),
     (["tokenizer.path=nowhere"], 65, "pretrain data tokenizer"),
+    (["data.sources.prose.weight=3"], 64, "data.sources"),
+    (["batch.global_tokens=1024"], 64, "batch.global_tokens: 512 in the run folder"),
     (["run.seed=9"], 64, "run.seed: 0 in the run folder, 9 asked for"),
 ]
 
@@ -189,7 +206,7 @@ BAD = [
 def test_mistakes_stop_before_training_and_harm_nothing(
     workspace: Path, finished: Path, overrides: list[str], code: int, said: str
 ) -> None:
-    before = {path: path.read_bytes() for path in finished.rglob("*") if path.suffix != ".log" and path.is_file()}
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     done = train(workspace, "whole", *overrides)
     assert said in done.stderr
     assert done.returncode == code

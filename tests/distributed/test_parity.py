@@ -141,6 +141,7 @@ def test_every_setting_equals_one_plain_process(found: Found, case: dict[str, An
     assert float(apart.norm() / moved.norm()) < (0.1 if is_bf16 else 1e-2)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("index", range(len(POISONED)), ids=lambda i: str(POISONED[i]))
 def test_a_bad_number_on_one_rank_skips_the_step_on_all(found: Found, index: int) -> None:
     got = found[2]["poisoned"][index]
@@ -153,6 +154,7 @@ def test_a_bad_number_on_one_rank_skips_the_step_on_all(found: Found, index: int
     assert got["steps"] == 2
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("index", range(len(RESUMED[2])), ids=lambda i: RESUMED[2][i]["name"])
 def test_two_resumes_repeat_the_run_bit_by_bit(found: Found, index: int) -> None:
     saved, resumed = found[2]["saved"][index], found[2]["resumed"][index]

@@ -23,18 +23,21 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, str, i
     return found
 
 
+@pytest.mark.faults
 def test_killed_anywhere_in_a_save_a_whole_checkpoint_remains(
     outcomes: list[tuple[str, str, int | None]],
 ) -> None:
     assert [label for label, newest, _ in outcomes if newest not in ("old", "new")] == []
 
 
+@pytest.mark.faults
 def test_killed_anywhere_in_a_save_latest_names_a_whole_checkpoint(
     outcomes: list[tuple[str, str, int | None]],
 ) -> None:
     assert [label for label, _, named in outcomes if named is None] == []
 
 
+@pytest.mark.faults
 def test_the_kills_fell_on_both_sides_of_the_commit(
     outcomes: list[tuple[str, str, int | None]],
 ) -> None:
@@ -47,6 +50,7 @@ def test_the_kills_fell_on_both_sides_of_the_commit(
     assert len(outcomes) > 25
 
 
+@pytest.mark.faults
 def test_a_full_disk_on_one_rank_fails_the_save_on_all_and_nothing_else(tmp_path: Path) -> None:
     for found in run_ranks(ranks.survive_a_full_disk, 2, tmp_path):
         assert "1 of 2 ranks failed" in found["error"]
@@ -56,6 +60,7 @@ def test_a_full_disk_on_one_rank_fails_the_save_on_all_and_nothing_else(tmp_path
         assert found["new_is_whole"]
 
 
+@pytest.mark.faults
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     message = run_ranks(ranks.refuse_a_small_disk, 1, tmp_path, 1000)[0]
     assert "1,000 bytes free" in message
@@ -63,6 +68,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path
     assert not commit.checkpoints_folder(tmp_path).exists()
 
 
+@pytest.mark.faults
 def test_a_rank_that_dies_in_a_save_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(RanksError, match="rank 1: ended by signal 9"):
         run_ranks(ranks.die_on_rank_1, 2, tmp_path)
@@ -89,12 +95,14 @@ def test_another_model_is_refused_with_the_differences(found: dict[str, Any]) ->
     assert "more" in message
 
 
+@pytest.mark.faults
 def test_a_damaged_checkpoint_is_passed_over_and_can_be_saved_again(found: dict[str, Any]) -> None:
     assert found["fallback"]
     assert found["resaved"]
     assert found["resaved_whole"]
 
 
+@pytest.mark.faults
 def test_only_damaged_checkpoints_are_an_error_not_a_fresh_start(found: dict[str, Any]) -> None:
     assert found["none"]
     assert "has no whole checkpoint" in found["all_damaged"]

@@ -38,6 +38,7 @@ def test_checkpoints_are_listed_newest_first_and_nothing_else_is(tmp_path: Path)
     assert commit.committed(tmp_path / "nowhere") == []
 
 
+@pytest.mark.faults
 def test_a_damaged_checkpoint_of_the_same_step_makes_way(tmp_path: Path) -> None:
     final = make(tmp_path, 3)
     (final / "data.json").write_text("{}")
@@ -46,6 +47,7 @@ def test_a_damaged_checkpoint_of_the_same_step_makes_way(tmp_path: Path) -> None
     assert len(list(final.parent.iterdir())) == 2
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name", ["data.json", "manifest.json"])
 def test_every_flipped_byte_and_every_truncation_is_found(tmp_path: Path, name: str) -> None:
     final = make(tmp_path, 1)
@@ -91,6 +93,7 @@ def test_a_manifest_of_another_format_is_refused(tmp_path: Path) -> None:
         commit.read_manifest(final)
 
 
+@pytest.mark.faults
 def test_what_dead_processes_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
     final = make(tmp_path, 1)
     folder = final.parent

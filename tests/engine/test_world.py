@@ -138,11 +138,13 @@ def hang_on_rank_1(world: World) -> None:
     world.barrier()
 
 
+@pytest.mark.faults
 def test_a_failing_rank_fails_the_run_with_its_traceback() -> None:
     with pytest.raises(RanksError, match="rank 1 is unwell"):
         run_ranks(fail_on_rank_1, 2)
 
 
+@pytest.mark.faults
 def test_a_hanging_rank_is_ended_and_nothing_is_left_running() -> None:
     before = set(multiprocessing.active_children())
     with pytest.raises(RanksError, match="rank 1: ended by signal 9"):

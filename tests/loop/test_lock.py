@@ -55,6 +55,7 @@ def test_a_live_holder_is_refused_by_name(tmp_path, holder):
     assert json.loads((tmp_path / "lock.json").read_text())["pid"] == holder.pid
 
 
+@pytest.mark.faults
 def test_a_killed_holder_is_taken_over_with_one_warning(tmp_path, holder, caplog):
     holder.kill()
     # Not reaped yet: a zombie is as dead as a process that is gone.
@@ -109,6 +110,7 @@ def test_a_silent_holder_is_taken_over_and_a_heartbeat_prevents_it(tmp_path, cap
     assert "silent for 200 s" in caplog.text
 
 
+@pytest.mark.faults
 def test_an_orphan_that_was_replaced_stops_and_leaves_the_lock_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     orphan = RunLock(tmp_path)
@@ -130,6 +132,7 @@ def test_a_lock_removed_by_hand_is_made_again(tmp_path, caplog):
     assert "removed by hand" in caplog.text
 
 
+@pytest.mark.faults
 def test_a_damaged_lock_is_replaced(tmp_path):
     (tmp_path / "lock.json").write_text("{")
     with RunLock(tmp_path) as lock:

@@ -62,6 +62,7 @@ def test_resuming_at_the_last_record_rewrites_nothing(tmp_path):
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
+@pytest.mark.faults
 def test_a_torn_last_line_is_ignored_by_readers_and_moved_aside_on_resume(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write(path, range(1, 4))
@@ -110,6 +111,7 @@ def write_on_full_disk(path, last_refused_step):
     return [record["step"] for record in read_metrics(path)], done.stderr
 
 
+@pytest.mark.faults
 def test_a_full_disk_delays_records_without_tearing_or_losing_one(tmp_path):
     steps, errors = write_on_full_disk(tmp_path / "metrics.jsonl", last_refused_step=20)
     assert steps == list(range(1, 31))
@@ -117,6 +119,7 @@ def test_a_full_disk_delays_records_without_tearing_or_losing_one(tmp_path):
     assert errors.count("can be written again") == 1
 
 
+@pytest.mark.faults
 def test_records_that_never_reached_a_full_disk_are_counted_at_the_end(tmp_path):
     steps, errors = write_on_full_disk(tmp_path / "metrics.jsonl", last_refused_step=30)
     assert 0 < len(steps) < 30

@@ -44,6 +44,7 @@ with StopSignals() as stop:
 """
 
 
+@pytest.mark.faults
 def test_a_second_interrupt_ends_the_process_at_once():
     with subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None

@@ -142,6 +142,7 @@ def write_quickly(sink, steps):
     assert slowest < QUICK_S
 
 
+@pytest.mark.faults
 def test_a_killed_process_costs_one_warning(tmp_path, caplog):
     sink = start(tmp_path)
     write_quickly(sink, range(1, 10))
@@ -155,6 +156,7 @@ def test_a_killed_process_costs_one_warning(tmp_path, caplog):
     assert "-9" in warning
 
 
+@pytest.mark.faults
 def test_a_process_that_hangs_is_disabled_when_the_queue_is_full(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(wandb_sink, "_MAX_WAITING", 100)
     sink = start(tmp_path)
@@ -165,6 +167,7 @@ def test_a_process_that_hangs_is_disabled_when_the_queue_is_full(tmp_path, caplo
     assert "100 records wait" in warning
 
 
+@pytest.mark.faults
 def test_a_process_that_hangs_is_disabled_after_a_while(tmp_path, caplog, monkeypatch):
     sink = start(tmp_path)
     os.kill(sink.process_id, signal.SIGSTOP)
@@ -177,6 +180,7 @@ def test_a_process_that_hangs_is_disabled_after_a_while(tmp_path, caplog, monkey
     assert "taken nothing" in warning
 
 
+@pytest.mark.faults
 def test_a_process_that_hangs_at_the_end_delays_the_end_by_its_bound(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(wandb_sink, "_GRACE_S", 0.5)
     sink = start(tmp_path, finish_s=0.5)
