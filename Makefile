@@ -25,7 +25,7 @@ train: $(STAMP)
 	$(BIN)/pretrain data build
 	$(BIN)/pretrain train
 	$(BIN)/pretrain evaluate run.dir=out/runs/tiny
-	$(BIN)/pretrain generate run.dir=out/runs/tiny
+	$(BIN)/pretrain generate run.dir=out/runs/tiny generate.prompt='def ' generate.max_new_tokens=100
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m 'not slow and not gpu'

@@ -31,7 +31,7 @@ def test_mistakes_beside_flags_are_refused(tmp_path: Path, arguments: list[str],
 def test_another_folder_of_options_is_read(tmp_path: Path) -> None:
     (tmp_path / "conf" / "batch").mkdir(parents=True)
     (tmp_path / "conf" / "batch" / "mine.yaml").write_text("global_tokens: 65536\nmicro_rows: 1\n")
-    done = run_cli(tmp_path, "plan", "--config-dir", "conf", "batch=mine", "~experiment")
+    done = run_cli(tmp_path, "plan", "--config-dir", "conf", "batch=mine")
     assert done.returncode == 0, done.stderr
     assert "65,536" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["conf"]

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from pretrain.model.cache import Slot
 from pretrain.model.config import ModelConfig
-from pretrain.model.init import unset
 from pretrain.model.layout import Layout
+from pretrain.model.parameter import unset
 from pretrain.model.rotary import rotate
 
 

@@ -19,8 +19,8 @@ from pretrain.model.block import SandwichBlock
 from pretrain.model.cache import KeyValueCache
 from pretrain.model.config import ModelConfig
 from pretrain.model.depth import Depth
-from pretrain.model.init import unset
 from pretrain.model.layout import Layout
+from pretrain.model.parameter import unset
 
 
 class CoreIteration(nn.Module):

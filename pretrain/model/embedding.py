@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.model.config import ModelConfig
-from pretrain.model.init import unset
 from pretrain.model.loss import linear_cross_entropy
+from pretrain.model.parameter import unset
 
 
 class TiedEmbedding(nn.Module):

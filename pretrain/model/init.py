@@ -6,27 +6,19 @@ first matrix share one sigma; the published Hugging Face file differs there).
 """
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pretrain.model.keyed import make_key, truncated_normals
-
-if TYPE_CHECKING:
-    from pretrain.model.recurrent import RecurrentModel
+from pretrain.model.recurrent import RecurrentModel
 
 # Elements drawn at once: bounds the temporaries to about 0.1 GiB.
 _CHUNK_ELEMENTS = 1 << 22
 
 
-def unset(*shape: int) -> nn.Parameter:
-    """A parameter full of NaN: a model that was neither initialised nor loaded cannot pass."""
-    return nn.Parameter(torch.full(shape, math.nan))
-
-
 @torch.no_grad()
-def initialize(model: "RecurrentModel", *, mean_depth: int, seed: int) -> None:
+def initialize(model: RecurrentModel, *, mean_depth: int, seed: int) -> None:
     """Fill every parameter in place, on its device and in its dtype.
 
     `mean_depth` counts the core's layers in the effective number of layers that shrinks the
@@ -43,7 +35,7 @@ def initialize(model: "RecurrentModel", *, mean_depth: int, seed: int) -> None:
             _fill(parameter, sigma, name=name, seed=seed)
 
 
-def _sigma(model: "RecurrentModel", kind: str, mean_depth: int) -> float:
+def _sigma(model: RecurrentModel, kind: str, mean_depth: int) -> float:
     config = model.config
     base = math.sqrt(2.0 / (5.0 * config.width))
     if kind in ("output", "down"):

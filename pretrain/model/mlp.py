@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.model.config import ModelConfig
-from pretrain.model.init import unset
+from pretrain.model.parameter import unset
 
 
 class GatedMLP(nn.Module):

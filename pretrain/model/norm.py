@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from pretrain.model.init import unset
+from pretrain.model.parameter import unset
 
 
 class RMSNorm(nn.Module):
