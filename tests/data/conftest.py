@@ -88,71 +88,78 @@ def make_shards(tmp_path: Path) -> Callable[..., DataConfig]:
     """
 
     def make(sources: dict[str, tuple[int, float | None]], **settings: Any) -> DataConfig:
-        values: dict[str, Any] = {
-            "name": "test",
-            "corpus": Corpus.files,
-            "root": "unused",
-            "shards": str(tmp_path / "shards"),
-            "context": 31,
-            "rows_per_member": 4,
-            "members_per_shard": 3,
-            "pack_tokens": 2_000,
-            "loader_workers": 0,
-            "window_shards": 2,
-            "cache": str(tmp_path / "cache"),
-            "sources": {name: SourceConfig(weight=weight) for name, (_, weight) in sources.items()},
-        }
-        config = DataConfig(**(values | settings))
-        special = special_ids(VOCABULARY_SIZE)
-        packing = Packing(
-            row_tokens=config.context + 1,
-            pad=special.pad,
-            pack_tokens=config.pack_tokens,
-            rows_per_member=config.rows_per_member,
-            members_per_shard=config.members_per_shard,
-        )
+        config = small_config(tmp_path, sources, **settings)
         random = np.random.default_rng(len(sources))
         manifests, first_id = [], 0
         for name, (num_documents, weight) in sources.items():
             lengths = random.integers(3, 80, size=num_documents).tolist()
-            held_out = set(range(0, num_documents, 5))
             part = write_part(
-                tmp_path / "parts" / name, lengths, first_id=first_id, held_out=held_out
+                tmp_path / "parts" / name,
+                lengths,
+                first_id=first_id,
+                held_out=set(range(0, num_documents, 5)),
             )
             first_id += sum(lengths)
-            splits = {
-                split: list(
-                    write_split(
-                        [part], packing, split=split, source=name, folder=Path(config.shards)
-                    )
-                )
-                for split in ("train", "valid")
-            }
-            manifests.append(
-                SourceManifest(
-                    name=name,
-                    licence="",
-                    provenance="",
-                    weight=weight,
-                    corpus_sha256="0" * 64,
-                    **splits,
-                )
-            )
-        assert first_id < special.begin_text
-        manifest = Manifest(
-            tool="test",
-            context=config.context,
-            dtype="uint32",
-            rows_per_member=config.rows_per_member,
-            tokenizer=TokenizerManifest(
-                sha256=hashlib.sha256(b"test").hexdigest(),
-                vocabulary_size=VOCABULARY_SIZE,
-                special=special._asdict(),
-            ),
-            settings={},
-            sources=manifests,
-        )
-        commit(Path(config.shards) / "manifest.json", manifest.to_bytes())
+            manifests.append(write_source(config, name, weight, part))
+        assert first_id < special_ids(VOCABULARY_SIZE).begin_text
+        write_manifest(config, manifests)
         return config
 
     return make
+
+
+def small_config(
+    folder: Path, sources: dict[str, tuple[int, float | None]], **settings: Any
+) -> DataConfig:
+    values: dict[str, Any] = {
+        "name": "test",
+        "corpus": Corpus.files,
+        "root": "unused",
+        "shards": str(folder / "shards"),
+        "context": 31,
+        "rows_per_member": 4,
+        "members_per_shard": 3,
+        "pack_tokens": 2_000,
+        "loader_workers": 0,
+        "window_shards": 2,
+        "cache": str(folder / "cache"),
+        "sources": {name: SourceConfig(weight=weight) for name, (_, weight) in sources.items()},
+    }
+    return DataConfig(**(values | settings))
+
+
+def write_source(
+    config: DataConfig, name: str, weight: float | None, part: PartFiles
+) -> SourceManifest:
+    packing = Packing(
+        row_tokens=config.context + 1,
+        pad=special_ids(VOCABULARY_SIZE).pad,
+        pack_tokens=config.pack_tokens,
+        rows_per_member=config.rows_per_member,
+        members_per_shard=config.members_per_shard,
+    )
+    folder = Path(config.shards)
+    splits = {
+        split: list(write_split([part], packing, split=split, source=name, folder=folder))
+        for split in ("train", "valid")
+    }
+    return SourceManifest(
+        name=name, licence="", provenance="", weight=weight, corpus_sha256="0" * 64, **splits
+    )
+
+
+def write_manifest(config: DataConfig, sources: list[SourceManifest]) -> None:
+    manifest = Manifest(
+        tool="test",
+        context=config.context,
+        dtype="uint32",
+        rows_per_member=config.rows_per_member,
+        tokenizer=TokenizerManifest(
+            sha256=hashlib.sha256(b"test").hexdigest(),
+            vocabulary_size=VOCABULARY_SIZE,
+            special=special_ids(VOCABULARY_SIZE)._asdict(),
+        ),
+        settings={},
+        sources=sources,
+    )
+    commit(Path(config.shards) / "manifest.json", manifest.to_bytes())
