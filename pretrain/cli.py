@@ -70,7 +70,8 @@ def _run(arguments: list[str]) -> int:
             return _run_with_flags(command, module.main, rest)
         from pretrain.compose import load
 
-        code = module.main(load(command.primary, rest))
+        config = load(command.primary, rest, resumes=command.words == "train")
+        code = module.main(config)
         return EXIT_FINISHED if code is None else int(code)
     except PretrainError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -61,10 +61,10 @@ def register_schemas() -> None:
     store.store(group="optimizer", name="adamw_schema", node=AdamWConfig)
 
 
-def load(primary: str, overrides: Sequence[str]) -> Any:
+def load(primary: str, overrides: Sequence[str], *, resumes: bool = False) -> Any:
     """The configuration named `primary` (train, data, evaluate, generate) with overrides.
 
-    For `train`, a run folder that exists gives its frozen config.yaml as the base, unless the
+    With `resumes`, a run folder that exists gives its frozen config.yaml as the base, unless the
     overrides choose groups (experiment=..., model=...): then the composed configuration counts,
     and `check_resumable` compares it with the frozen one before training.
 
@@ -73,14 +73,23 @@ def load(primary: str, overrides: Sequence[str]) -> Any:
     _check_hydra_overrides(overrides)
     composed = _compose(primary, overrides)
     try:
-        if primary == "train" and not _chooses_groups(overrides):
+        if resumes and not _chooses_groups(overrides):
             frozen = Path(composed.run.dir) / "config.yaml"
             if frozen.is_file():
-                log.info("%s exists: its settings count, not those of conf/", frozen)
-                return to_object(_apply(_read(frozen), overrides), str(frozen))
+                return _load_frozen(frozen, overrides)
         return to_object(composed, f"conf/{primary}.yaml")
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from error
+
+
+def _load_frozen(frozen: Path, overrides: Sequence[str]) -> Any:
+    log.info("%s exists: its settings count, not those of conf/", frozen)
+    try:
+        return to_object(_apply(_read(frozen), overrides), str(frozen))
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}\nThe other settings are those of {frozen}; for another run give run.name=..."
+        ) from error
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:

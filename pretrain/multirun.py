@@ -66,7 +66,7 @@ def _check(words: str, primary: str, jobs: list[list[str]]) -> None:
             "--multirun starts its jobs one after the other on one process each; start or submit "
             "each run of several ranks by itself."
         )
-    configs = [load(primary, job) for job in jobs]
+    configs = [load(primary, job, resumes=words == "train") for job in jobs]
     folders = [config.run.dir for config in configs]
     if words == "train" and len(set(folders)) < len(folders):
         twice = next(folder for folder in folders if folders.count(folder) > 1)

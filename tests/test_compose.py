@@ -105,10 +105,13 @@ def test_frozen_configuration_is_the_same_one(tmp_path: Path) -> None:
 def test_a_run_folder_remembers_its_configuration(tmp_path: Path) -> None:
     folder = f"run.dir={tmp_path}"
     write_frozen(load("train", ["model.width=64", "run.steps=7", folder]), tmp_path)
-    again = load("train", [folder, "run.steps=9"])
+    again = load("train", [folder, "run.steps=9"], resumes=True)
     assert (again.model.width, again.run.steps) == (64, 9)
+    assert load("train", [folder]).model.width == 128, "only a resume reads the folder"
     with pytest.raises(ConfigError, match="typo"):
-        load("train", [folder, "model.typo=1"])
+        load("train", [folder, "model.typo=1"], resumes=True)
+    with pytest.raises(ConfigError, match=r"give run\.name="):
+        load("train", [folder, "model.context=64"], resumes=True)
 
 
 def test_another_model_in_the_folder_is_refused(tmp_path: Path) -> None:
