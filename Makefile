@@ -2,23 +2,34 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# transformers 4.x beside the 5.x of .venv, whose other packages it sees through a .pth file
+OTHER := .venv-transformers-4
+OTHER_STAMP := $(OTHER)/.installed
 .DEFAULT_GOAL := help
 .PHONY: help train test test-all faults check bench clean
 
 help:
 	@echo "make train     install if needed, then raw text to a trained model on this CPU"
 	@echo "make test      install if needed, then the tests (under 15 minutes)"
-	@echo "make test-all  every test, also the slow ones"
+	@echo "make test-all  every test, also the slow ones and those under transformers 4.x"
 	@echo "make faults    kills, full disks, damage, hangs only"
 	@echo "make check     format, lint and types"
 	@echo "make bench     ratios of the loader on this machine"
-	@echo "make clean     remove what make train produced (not .venv)"
+	@echo "make clean     remove what make train produced (not .venv*)"
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or later is needed, this is {sys.version}"'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
+
+$(OTHER_STAMP): $(STAMP)
+	$(BIN)/python -m venv $(OTHER)
+	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		transformers==4.53.2 tokenizers==0.21.4 huggingface-hub==0.36.2
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(OTHER)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	touch $@
 
 train: $(STAMP)
 	$(BIN)/pretrain data tokenizer
@@ -30,7 +41,7 @@ train: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -m 'not slow and not gpu'
 
-test-all: $(STAMP)
+test-all: $(STAMP) $(OTHER_STAMP)
 	$(BIN)/python -m pytest
 
 faults: $(STAMP)

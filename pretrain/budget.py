@@ -45,7 +45,7 @@ class Plan:
     flops: TokenFlops
     """Forward FLOPs of one token."""
     iterations: tuple[float, float]
-    """Mean iterations without and with gradient."""
+    """Mean iterations without and with gradient over the whole run."""
     price: Price
     """The wait as configured."""
     alternatives: list[Price]
@@ -117,7 +117,7 @@ def make_plan(config: TrainConfig) -> Plan:
         config=config,
         micro_steps=micro_steps,
         flops=TokenFlops.of(config.model),
-        iterations=mean_iterations(config.depth),
+        iterations=mean_iterations(config.depth, rows=config.total_tokens // config.model.context),
         price=configured or price(config, config.depth),
         alternatives=alternatives,
     )

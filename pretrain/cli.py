@@ -33,6 +33,17 @@ COMMANDS = (
     Command("train", "train", "train, or resume the run folder"),
     Command("evaluate", "evaluate", "held-out loss at several depths"),
     Command("generate", "generate", "continue a prompt"),
+    Command("adopt", "adopt", "start a run from published weights and their tokenizer"),
+    Command("export", "export", "write a run as a Hugging Face folder"),
+)
+# They read a run folder's own configuration if they are told which run.
+ABOUT_A_RUN = (
+    "data tokenizer",
+    "data build",
+    "data verify",
+    "data inspect",
+    "plan",
+    "doctor",
 )
 
 # what a shell says of a process that Ctrl-C has ended
@@ -67,10 +78,12 @@ def _run(arguments: list[str]) -> int:
     try:
         module = import_module("pretrain." + command.words.replace(" ", "."))
         if any(argument.startswith("-") for argument in rest):
-            return _run_with_flags(command, module.main, rest)
-        from pretrain.compose import load
+            return _run_with_flags(command, module, rest)
+        from pretrain.compose import load, names_run
 
-        config = load(command.primary, rest, resumes=command.words == "train")
+        rest = _complete(module, rest)
+        is_about_run = command.words in ABOUT_A_RUN and names_run(rest)
+        config = load(command.primary, rest, resumes=command.words == "train" or is_about_run)
         code = module.main(config)
         return EXIT_FINISHED if code is None else int(code)
     except PretrainError as error:
@@ -91,7 +104,12 @@ def _find(arguments: list[str]) -> tuple[Command | None, list[str]]:
     return None, arguments
 
 
-def _run_with_flags(command: Command, function: Any, rest: list[str]) -> int:
+def _complete(module: Any, overrides: list[str]) -> list[str]:
+    """The overrides, with those that a command derives from what it is given."""
+    return list(module.complete(overrides)) if hasattr(module, "complete") else overrides
+
+
+def _run_with_flags(command: Command, module: Any, rest: list[str]) -> int:
     """Hydra's own flags: --help, --cfg, --info, --config-dir, completion; and --multirun."""
     from hydra._internal.utils import get_args_parser
 
@@ -107,17 +125,19 @@ def _run_with_flags(command: Command, function: Any, rest: list[str]) -> int:
         if others := [text for text in rest if text[0] == "-" and text not in MULTIRUN_FLAGS]:
             raise ConfigError(f"{' '.join(others)} cannot go with --multirun.")
         return run_jobs(command.words, command.primary, flags.overrides)
+    asked = [text for text in rest if text not in flags.overrides]
+    if not flags.help:
+        flags.overrides = _complete(module, flags.overrides)
     is_elsewhere = flags.config_dir or flags.config_name or flags.config_path
     if (flags.cfg or flags.info) and not is_elsewhere:
         # Hydra shows a misspelt key that was added with + as if something read it
         load(command.primary, flags.overrides)
-    asked = [text for text in rest if text not in flags.overrides]
     composed = _compose_by_hydra(command, flags.overrides, asked)
     if composed is None:
         return EXIT_FINISHED
     from pretrain.compose import to_object
 
-    return int(function(to_object(composed, "the configuration")) or EXIT_FINISHED)
+    return int(module.main(to_object(composed, "the configuration")) or EXIT_FINISHED)
 
 
 def _compose_by_hydra(command: Command, overrides: list[str], flags: list[str]) -> Any:

@@ -34,6 +34,8 @@ SCHEMAS = {
     "data": tree.InspectTrainConfig,
     "evaluate": tree.EvaluateConfig,
     "generate": tree.GenerateConfig,
+    "adopt": tree.AdoptConfig,
+    "export": tree.ExportConfig,
 }
 OPTIMIZERS = {"ellis-adam": EllisAdamConfig, "adamw": AdamWConfig}
 
@@ -53,43 +55,51 @@ FIXED_FOR_A_RUN = (
 def register_schemas() -> None:
     """Tell Hydra the types of every key; harmless to call again."""
     store = ConfigStore.instance()
-    store.store(name="train_schema", node=tree.TrainConfig)
-    store.store(name="inspect_schema", node=tree.InspectTrainConfig)
-    store.store(name="evaluate_schema", node=tree.EvaluateConfig)
-    store.store(name="generate_schema", node=tree.GenerateConfig)
+    for primary, schema in SCHEMAS.items():
+        store.store(name=f"{primary}_schema", node=schema)
     store.store(group="optimizer", name="ellis_adam_schema", node=EllisAdamConfig)
     store.store(group="optimizer", name="adamw_schema", node=AdamWConfig)
 
 
 def load(primary: str, overrides: Sequence[str], *, resumes: bool = False) -> Any:
-    """The configuration named `primary` (train, data, evaluate, generate) with overrides.
+    """The configuration named `primary` (a key of SCHEMAS) with overrides.
 
     With `resumes`, a run folder that exists gives its frozen config.yaml as the base, unless the
     overrides choose groups (experiment=..., model=...): then the composed configuration counts,
-    and `check_resumable` compares it with the frozen one before training.
+    said in a WARNING, and `check_resumable` compares it with the frozen one before training.
 
     Raises ConfigError for unknown keys, wrong types, missing values and failed cross-checks.
     """
     _check_hydra_overrides(overrides)
     composed = _compose(primary, overrides)
     try:
-        if resumes and not _chooses_groups(overrides):
-            frozen = Path(composed.run.dir) / "config.yaml"
-            if frozen.is_file():
-                return _load_frozen(frozen, overrides)
+        frozen = Path(composed.run.dir) / "config.yaml"
+        if resumes and frozen.is_file():
+            if not _chooses_groups(overrides):
+                return _load_frozen(frozen, overrides, composed, SCHEMAS[primary])
+            log.warning("groups are chosen, so conf/ counts and %s does not", frozen)
         return to_object(composed, f"conf/{primary}.yaml")
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from error
 
 
-def _load_frozen(frozen: Path, overrides: Sequence[str]) -> Any:
+def _load_frozen(frozen: Path, overrides: Sequence[str], composed: DictConfig, schema: Any) -> Any:
     log.info("%s exists: its settings count, not those of conf/", frozen)
     try:
-        return to_object(_apply(_read(frozen), overrides), str(frozen))
+        node = _read(frozen, schema)
+        for key in composed.keys() - {field.name for field in dataclasses.fields(tree.TrainConfig)}:
+            # what a command asks for is no part of a run
+            node[key] = composed[key]
+        return to_object(_apply(node, overrides), str(frozen))
     except ConfigError as error:
         raise ConfigError(
             f"{error}\nThe other settings are those of {frozen}; for another run give run.name=..."
         ) from error
+
+
+def names_run(overrides: Sequence[str]) -> bool:
+    """Whether the overrides say which run is meant."""
+    return any(text.split("=")[0] in ("run.dir", "run.name") for text in overrides)
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:
@@ -189,10 +199,10 @@ def to_object(node: Any, where: str) -> Any:
         raise ConfigError(f"Nothing reads this key: {error}.") from error
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path, kind: Any = tree.TrainConfig) -> Any:
     try:
         loaded = OmegaConf.load(path)
-        schema = OmegaConf.structured(tree.TrainConfig)
+        schema = OmegaConf.structured(kind)
         name = OmegaConf.select(loaded, "optimizer.name")
         if name not in OPTIMIZERS:
             raise ConfigError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from enum import Enum
 
 from pretrain.data.config import DataConfig, InspectConfig, TokenizerConfig
 from pretrain.engine.config import CheckpointConfig, EngineConfig
@@ -142,3 +143,40 @@ class GenerateConfig:
 
     run: RunFolderConfig
     generate: GenerateOptions
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class AdoptConfig(TrainConfig):
+    """A run's configuration and the published weights that it starts from."""
+
+    hf: str
+    """Folder with config.json, safetensors and tokenizer.json."""
+
+
+class ExportDtype(Enum):
+    """In what precision exported weights are stored."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class ExportOptions:
+    """What is exported, and where to."""
+
+    to: str
+    """Folder to write; it must not be there yet, or be empty."""
+    dtype: ExportDtype
+    """float32 keeps the master weights as they are; bfloat16 rounds them."""
+    moments: bool
+    """Whether to add optimizer.safetensors, from which `pretrain adopt` goes on exactly."""
+    step: int | None
+    """Which checkpoint; null: the newest."""
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class ExportConfig:
+    """A trained run as a Hugging Face folder."""
+
+    run: RunFolderConfig
+    export: ExportOptions

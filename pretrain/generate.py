@@ -2,6 +2,8 @@
 
 import logging
 import sys
+import time
+from collections.abc import Iterator
 
 import torch
 
@@ -10,7 +12,10 @@ from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import ConfigError
 from pretrain.loop.state import check_same_tokenizer
 from pretrain.loop.trained import load_trained
-from pretrain.model.generation import generate
+from pretrain.model.decoding import Decoding
+from pretrain.model.generation import Chosen, generate
+from pretrain.model.recurrent import RecurrentModel
+from pretrain.model.speculative import speculate_rows
 
 log = logging.getLogger(__name__)
 
@@ -36,20 +41,14 @@ def main(config: GenerateConfig) -> None:
             room,
             options.max_new_tokens,
         )
-    shown = text = ""
+    decoding = options.decoding(tokenizer.special.stops(), room)
     ids: list[int] = []
-    for token in generate(
-        trained.model,
-        prompt,
-        num_steps=options.num_steps,
-        max_new_tokens=min(options.max_new_tokens, room),
-        temperature=options.temperature,
-        top_k=options.top_k or None,
-        top_p=options.top_p,
-        seed=options.seed,
-        stop_ids=[tokenizer.special.end_text, tokenizer.special.end_turn],
-    ):
-        ids.append(token)
+    steps: list[int] = []
+    shown = text = ""
+    started = time.perf_counter()
+    for chosen in _tokens(trained.model, prompt, decoding):
+        ids.append(chosen.token)
+        steps.append(chosen.steps)
         text = options.prompt + tokenizer.decode(ids)
         # a character may need several tokens: hold back what is not whole yet
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
@@ -57,3 +56,22 @@ def main(config: GenerateConfig) -> None:
             sys.stdout.flush()
             shown = text
     print(text[len(shown) :])
+    log.info(
+        "%d tokens, %.1f iterations each (%d to %d), %.1f tokens/s",
+        len(ids),
+        sum(steps) / len(steps),
+        min(steps),
+        max(steps),
+        len(ids) / (time.perf_counter() - started),
+    )
+
+
+def _tokens(model: RecurrentModel, prompt: list[int], options: Decoding) -> Iterator[Chosen]:
+    if options.draft_steps is None:
+        yield from generate(model, prompt, options)
+        return
+    drafted = accepted = 0
+    for each in speculate_rows(model, [prompt], options):
+        drafted, accepted = drafted + each.drafted, accepted + each.accepted
+        yield from each.chosen[0]
+    log.info("%d of %d drafted tokens were accepted", accepted, drafted)

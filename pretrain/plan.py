@@ -15,8 +15,9 @@ from pretrain.config import TrainConfig
 from pretrain.engine.config import EngineConfig
 from pretrain.engine.memory import GIB, Memory, checkpoint_bytes, rank_memory
 from pretrain.model.balance import Wait
+from pretrain.model.config import Curriculum
 from pretrain.model.cost import count_parameters
-from pretrain.model.depth import DepthLaw
+from pretrain.model.depth import DepthLaw, settled
 
 MICRO_ROWS = (1, 2, 4)
 DEADLINES_DAYS = (1, 7, 30, 90)
@@ -53,7 +54,7 @@ def _model_table(plan: Plan) -> Table:
 
 def _run_table(plan: Plan) -> Table:
     config, flops = plan.config, plan.flops
-    law = DepthLaw.of(config.depth)
+    law = DepthLaw.of(settled(config.depth))
     low, middle, high = law.quantile(np.array([0.01, 0.5, 0.99])).tolist()
     rows, ranks, nodes = config.rows_per_step, config.cluster.ranks, config.cluster.nodes
     table = _table("Run", "what", "value")
@@ -65,7 +66,11 @@ def _run_table(plan: Plan) -> Table:
         ),
         ("executed GFLOP per token", f"{plan.executed_flops / 1e9:,.4g}"),
         ("depth", f"mean {law.mean:.2f}; 1 % {low}, median {middle}, 99 % {high}"),
-        ("iterations", "{:.2f} without, {:.2f} with gradient".format(*plan.iterations)),
+        ("  curriculum", _curriculum(config)),
+        (
+            "iterations",
+            "{:.2f} without, {:.2f} with gradient, mean of the run".format(*plan.iterations),
+        ),
         (
             "tokens per step",
             f"{config.batch.global_tokens:,} = {rows:,} rows of {config.model.context:,}",
@@ -77,6 +82,14 @@ def _run_table(plan: Plan) -> Table:
     ):
         table.add_row(name, value)
     return table
+
+
+def _curriculum(config: TrainConfig) -> str:
+    depth = config.depth
+    if depth.curriculum is Curriculum.none:
+        return "none"
+    share = depth.ramp_rows * config.model.context / config.total_tokens
+    return f"{depth.curriculum.value} over {depth.ramp_rows:,} rows, {share:.0%} of the run"
 
 
 def _memory_table(plan: Plan) -> Table:

@@ -5,7 +5,7 @@ One process, torchrun and srun start the same program; ranks come from the envir
 
 import logging
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,11 +45,12 @@ from pretrain.loop.run_folder import (
     write_requeue_record,
 )
 from pretrain.loop.signals import StopSignals
-from pretrain.loop.state import TrainState, check_same_data
+from pretrain.loop.state import TrainState, check_same_data, check_same_tokenizer
 from pretrain.loop.steps import Session, training_steps
 from pretrain.loop.validation import validate
 from pretrain.model.init import initialize
 from pretrain.model.recurrent import RecurrentModel
+from pretrain.optim.effective_rate import effective_rates
 
 log = logging.getLogger(__name__)
 
@@ -114,22 +115,31 @@ def _train(session: Session, held_out: Batch, record: Record, lock: RunLock) -> 
         is_last = step.step == config.total_steps
         is_leaving = is_last or step.should_stop
         if is_last or (not is_leaving and step.step % config.validation.every_steps == 0):
-            with session.engine.evaluation() as model:
-                record.validation(
-                    session.state,
-                    validate(
-                        model, config, session.world, held_out, depths=config.validation.depths
-                    ),
-                )
+            record.validation(session.state, _validate(session, held_out))
         if is_leaving or step.step % config.checkpoint.every_steps == 0:
             _save(session, record, must=is_leaving)
+
+
+def _validate(session: Session, held_out: Batch) -> dict[str, Any]:
+    """Held-out loss, the health of the recurrence, and how far updates reach."""
+    config, engine = session.config, session.engine
+    with engine.evaluation() as model:
+        result = validate(
+            model,
+            config,
+            session.world,
+            held_out,
+            depths=config.validation.depths,
+            diagnose_depth=config.depth.mean,
+        )
+    return result | effective_rates(engine.optimizer, engine.layout)
 
 
 class _Inputs(NamedTuple):
     """What a life starts from, all of it checked."""
 
     identity: dict[str, str]
-    """Hashes of shards and tokenizer; kept in every checkpoint."""
+    """Hashes of shards and tokenizer, and what was adopted; kept in every checkpoint."""
     held_out: Batch
     """This rank's rows of the valid split."""
     newest: Path | None
@@ -146,8 +156,10 @@ def _check_inputs(config: TrainConfig, world: World) -> _Inputs:
     step = 0
     if newest is not None:
         saved = read_state(newest)
+        check_same_tokenizer(saved, identity["tokenizer_sha256"], config.tokenizer.path)
         check_same_data(saved, identity["data_fingerprint"], config.data.shards)
         step = TrainState.from_dict(saved["train"]).step
+        identity |= {key: saved[key] for key in ("adopted_from",) if key in saved}
     return _Inputs(identity, held_out, newest, step)
 
 

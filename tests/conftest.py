@@ -60,6 +60,59 @@ def run_cli(
     )
 
 
+PUBLISHED_SPECIAL = ["begin_text", "end_text", "begin_header", "end_header", "end_turn", "pad"]
+
+
+def write_published_tokenizer(
+    folder: Path,
+    vocabulary_size: int,
+    *,
+    special: dict[str, str] | None = None,
+    splits_digits: bool = False,
+    frames: bool = False,
+) -> None:
+    """A byte-level BPE, trained here, as the files that come with published weights.
+
+    `special`: tokens by their role (bos, eos, pad); none: those of the published tokenizer.
+    `frames`: whether its post-processor puts the first two around a text.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    names = list((special or {name: f"<|{name}|>" for name in PUBLISHED_SPECIAL}).values())
+    roles = special or {"bos": names[0], "eos": names[1], "pad": names[-1]}
+    rules = Tokenizer(models.BPE())
+    steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not splits_digits)]
+    if splits_digits:
+        pattern = Regex(r"\n+|\p{N}|[^\S\n]?\p{L}+|[^\p{L}\p{N}\s]| {2,16}|\s")
+        steps.insert(0, pre_tokenizers.Split(pattern, "isolated"))
+    rules.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    rules.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=names,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [path.read_text() for path in sorted(Path(__file__).parent.glob("data/test_*.py"))]
+    rules.train_from_iterator(texts, trainer)
+    assert rules.get_vocab_size() == vocabulary_size
+    if frames:
+        rules.post_processor = processors.TemplateProcessing(
+            single=f"{names[0]} $A {names[1]}", special_tokens=[(names[0], 0), (names[1], 1)]
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    rules.save(str(folder / "tokenizer.json"))
+    config = {f"{role}_token": name for role, name in roles.items()}
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 64}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="session")
+def published_tokenizer() -> Callable[..., None]:
+    """Writes a tokenizer like the published one into a folder."""
+    return write_published_tokenizer
+
+
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with text/, and out/ with its tokenizer and shards."""

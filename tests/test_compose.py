@@ -4,7 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.compose import check_resumable, differences, freeze, load, thaw, write_frozen
+from pretrain.compose import (
+    check_resumable,
+    differences,
+    freeze,
+    load,
+    names_run,
+    thaw,
+    write_frozen,
+)
 from pretrain.config import TrainConfig
 from pretrain.errors import CheckpointError, ConfigError
 
@@ -112,6 +120,20 @@ def test_a_run_folder_remembers_its_configuration(tmp_path: Path) -> None:
         load("train", [folder, "model.typo=1"], resumes=True)
     with pytest.raises(ConfigError, match=r"give run\.name="):
         load("train", [folder, "model.context=64"], resumes=True)
+
+
+def test_what_a_command_asks_for_goes_on_top_of_a_run_folder(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = f"run.dir={tmp_path}"
+    write_frozen(load("train", ["model.width=64", folder]), tmp_path)
+    config = load("data", [folder, "inspect.row=3"], resumes=True)
+    assert (config.model.width, config.inspect.row) == (64, 3)
+    assert load("data", [folder, "batch=tiny"], resumes=True).model.width == 128
+    assert f"conf/ counts and {tmp_path}/config.yaml does not" in caplog.text
+    assert names_run([folder])
+    assert names_run(["a.b=1", "run.name=mine"])
+    assert not names_run(["run.steps=4", "data.name=run.dir=x"])
 
 
 def test_another_model_in_the_folder_is_refused(tmp_path: Path) -> None:

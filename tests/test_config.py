@@ -21,7 +21,7 @@ MAY_BE = {
         "run.seed", "optimizer.weight_decay", "optimizer.beta1", "optimizer.beta2",
         "optimizer.gradient_clip", "schedule.warmup_tokens", "schedule.cooldown_tokens",
         "schedule.min_learning_rate", "engine.zero3_persistent_elements",
-        "checkpoint.keep_every_steps",
+        "checkpoint.keep_every_steps", "depth.ramp_rows",
     },
     -1: {"run.seed"},
     math.nan: set(),

@@ -2,11 +2,13 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 
-from conftest import SMALL, run_cli
+from conftest import SMALL, run_cli, write_published_tokenizer
+from pretrain.adopt import complete
 from pretrain.cli import COMMANDS
 from pretrain.compose import load, write_frozen
 
@@ -29,7 +31,10 @@ def check_pretrain(words: list[str], tmp_path: Path) -> None:
     for command in COMMANDS:
         names = command.words.split()
         if words[: len(names)] == names:
-            load(command.primary, words[len(names) :])
+            overrides = words[len(names) :]
+            if command.words == "adopt":
+                overrides = complete(overrides)
+            load(command.primary, overrides)
             return
     raise AssertionError(f"there is no command {words[0]}")
 
@@ -45,6 +50,10 @@ def test_command_of_the_readme_is_real(
     # where a command reads a run, there is one
     monkeypatch.chdir(tmp_path)
     write_frozen(load("train", []), tmp_path / "out/runs/tiny")
+    if " hf=" in line:
+        write_published_tokenizer(tmp_path / "huginn-0125", 384)
+        for name in ("config.json", "model.safetensors"):
+            shutil.copy(ROOT / "tests/golden/a_1_2_1_d96" / name, tmp_path / "huginn-0125")
     words = words_of(line)
     first = words[0]
     if first == "make":
@@ -68,7 +77,16 @@ def test_tree_of_the_readme_is_the_tree() -> None:
     block = re.search(r"```\n(pyproject\.toml.*?)```", TEXT, flags=re.S)
     assert block
     shown = {line.split()[0].rstrip("/") for line in block.group(1).splitlines() if line[0] != " "}
-    ignored = {".git", ".venv", "out", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis"}
+    ignored = {
+        ".git",
+        ".venv",
+        ".venv-transformers-4",
+        "out",
+        ".pytest_cache",
+        ".mypy_cache",
+        ".ruff_cache",
+        ".hypothesis",
+    }
     there = {
         path.name
         for path in ROOT.iterdir()

@@ -240,7 +240,7 @@ class _Build:
             tokenizer=TokenizerManifest(
                 sha256=tokenizer.sha256,
                 vocabulary_size=tokenizer.vocabulary_size,
-                special=tokenizer.special._asdict(),
+                special=tokenizer.special.known(),
             ),
             settings=self._settings,
             sources=sources,

@@ -140,12 +140,12 @@ class DataConfig:
 
 @dataclass(kw_only=True, slots=True)
 class TokenizerConfig:
-    """A SentencePiece tokenizer and how it is trained."""
+    """A tokenizer, and how it is trained unless it was adopted with published weights."""
 
     path: str
-    """Folder of tokenizer.model and tokenizer_info.json (hash, special ids, how it was trained)."""
+    """Folder of the tokenizer and tokenizer_info.json (hash, special ids, how it was made)."""
     vocabulary_size: int
-    """Pieces, the 32 special ids at the top included; at most model.vocabulary_size."""
+    """Pieces, special ones included; at most model.vocabulary_size."""
     train_bytes: int | None = None
     """Text to learn pieces from, taken by the sources' weights; null: 1000 bytes a piece."""
     character_coverage: float = 0.9999
@@ -162,10 +162,9 @@ class TokenizerConfig:
             raise ConfigError(
                 f"tokenizer.character_coverage={self.character_coverage} must be in (0, 1]."
             )
-        if self.vocabulary_size < 320:
+        if self.vocabulary_size < 1:
             raise ConfigError(
-                f"tokenizer.vocabulary_size={self.vocabulary_size} leaves no room beside 256 bytes "
-                "and 32 special ids; choose 320 or more (4096 is small)."
+                f"tokenizer.vocabulary_size={self.vocabulary_size} must be at least 1."
             )
         if self.threads < 0:
             raise ConfigError(f"tokenizer.threads={self.threads} must be 0 or more.")

@@ -13,7 +13,6 @@ from pretrain.data.manifest import Manifest
 from pretrain.data.mixture import PERIOD
 from pretrain.data.order import Order
 from pretrain.data.shards import RowBytes
-from pretrain.data.special_ids import special_names
 from pretrain.data.store import ShardStore, check_tokenizer, open_manifest, train_order
 from pretrain.data.table import print_manifest
 from pretrain.data.tokenizer import Tokenizer
@@ -92,9 +91,8 @@ def row_documents(
 
 def spell(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """The text of ids with special ones by name."""
-    first = tokenizer.special.begin_text
-    names = special_names()
+    names = tokenizer.special_names
     return "".join(
-        "".join(names[i - first] for i in group) if is_special else tokenizer.decode(list(group))
-        for is_special, group in groupby(ids, key=lambda i: i >= first)
+        "".join(names[i] for i in group) if is_special else tokenizer.decode(list(group))
+        for is_special, group in groupby(ids, key=names.__contains__)
     )

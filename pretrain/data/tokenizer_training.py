@@ -20,11 +20,13 @@ from pretrain.data.documents import Part, cut_at_blank_lines
 from pretrain.data.progress import Progress
 from pretrain.data.sources import find_parts, read_documents
 from pretrain.data.special_ids import RESERVED, special_ids, special_names
-from pretrain.errors import DataError
+from pretrain.errors import ConfigError, DataError
 
 # Multi-line chunks, so that pieces such as ":\n" are learned; SentencePiece calls them sentences.
 CHUNK_CHARACTERS = 8192
 PIECE_CHARACTERS = 16
+# 256 bytes, the special ids, and a few characters
+SMALLEST = 320
 # 4096 pieces from 4 MB of the embedded corpus: 2.73 bytes per token; from 8 MB: 2.75.
 BYTES_PER_PIECE = 1000
 # Text whose encoded length is reported afterwards.
@@ -130,6 +132,11 @@ def train(config: TokenizerConfig, data: DataConfig) -> tuple[bytes, Sample]:
 
     Raises DataError if there is no text, or too little or too varied for the vocabulary.
     """
+    if config.vocabulary_size < SMALLEST:
+        raise ConfigError(
+            f"tokenizer.vocabulary_size={config.vocabulary_size} leaves no room beside 256 bytes "
+            f"and {RESERVED} special ids; choose {SMALLEST} or more (4096 is small)."
+        )
     sample = Sample(data, train_bytes(config))
     learned = config.vocabulary_size - RESERVED
     buffer = io.BytesIO()

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -63,11 +63,49 @@ def save_checkpoint(
     try:
         _on_main(world, lambda: commit.make_temporary(temporary))
         records = _together(world, lambda: _write_own(temporary, world, engine, pieces))
-        _on_main(world, lambda: _finish(temporary, final, engine, records, state))
+        about = _About(
+            engine.tensors,
+            engine.optimizer_steps,
+            sorted({MASTER, *engine.moments(engine.layout.partitions[0].flat)}),
+            engine.zero_stage,
+        )
+        _on_main(world, lambda: _finish(temporary, final, about, records, state))
     except CheckpointError:
         if world.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
+    return final
+
+
+def write_first_checkpoint(
+    run_dir: Path,
+    weights: dict[str, Tensor],
+    moments: dict[str, dict[str, Tensor]],
+    *,
+    optimizer_steps: int,
+    state: dict[str, Any],
+) -> Path:
+    """Commit weights that no engine has trained yet as the checkpoint of step 0.
+
+    `moments` are the optimizer's after `optimizer_steps` updates, by section (exp_avg, ...) and
+    tensor, or empty. Raises CheckpointError if they are not of these tensors, and OSError.
+    """
+    sections = {MASTER: weights, **moments}
+    for section, tensors in moments.items():
+        _check_same_tensors(Path(section), _infos(tensors), _infos(weights))
+    final = commit.step_folder(run_dir, 0)
+    temporary = final.with_name(f"{final.name}.tmp-{os.getpid()}")
+    commit.make_temporary(temporary)
+    pieces = [
+        (f"{section}/{name}", tensors[name].detach().float().reshape(-1))
+        for name in weights
+        for section, tensors in sections.items()
+    ]
+    name = "rank-00000-of-00001.safetensors"
+    held = {tensor.name: (0, tensor.numel) for tensor in _infos(weights)}
+    records = [(name, fragments.write_pieces(temporary / name, pieces), held)]
+    about = _About(_infos(weights), optimizer_steps, sorted(sections), zero_stage=0)
+    _finish(temporary, final, about, records, state)
     return final
 
 
@@ -96,6 +134,19 @@ def newest_checkpoint(run_dir: Path, world: World | None = None) -> Path | None:
     return None
 
 
+def whole_checkpoint(run_dir: Path, step: int) -> Path:
+    """The checkpoint of a step. Raises CheckpointError if there is none, or it is damaged."""
+    folder = commit.step_folder(run_dir, step)
+    if not folder.is_dir():
+        there = ", ".join(str(commit.step_of(other)) for other in commit.committed(run_dir))
+        raise CheckpointError(
+            f"{run_dir} has no checkpoint of step {step}; it has {there or 'none'}."
+        )
+    if damage := commit.find_damage(folder):
+        raise CheckpointError(f"{folder} is damaged: {damage}. Choose another step.")
+    return folder
+
+
 def load_checkpoint(engine: Engine, world: World, folder: Path) -> dict[str, Any]:
     """Give the engine the weights, moments and step count of a checkpoint; its `state`.
 
@@ -115,16 +166,28 @@ def read_state(folder: Path) -> dict[str, Any]:
     return commit.read_json(folder / commit.STATE)
 
 
-def load_weights(folder: Path) -> dict[str, Tensor]:
-    """All fp32 weights of a checkpoint by name, whole, in one process."""
+def load_weights(folder: Path, section: str = MASTER) -> dict[str, Tensor]:
+    """All fp32 weights of a checkpoint by name, whole, in one process; or a kind of moments.
+
+    Raises CheckpointError if the checkpoint has no such section.
+    """
     manifest = commit.read_manifest(folder)
+    if section not in manifest["sections"]:
+        raise CheckpointError(
+            f"{folder} holds no {section}; it holds {', '.join(manifest['sections'])}."
+        )
     weights = {}
     with PieceReader(folder, _stored(manifest)) as reader:
         for tensor in _tensors(manifest):
             flat = torch.empty(tensor.numel, dtype=torch.float32)
-            reader.read(MASTER, tensor.name, 0, flat)
+            reader.read(section, tensor.name, 0, flat)
             weights[tensor.name] = flat.view(tensor.shape)
     return weights
+
+
+def read_optimizer_steps(folder: Path) -> int:
+    """How many updates the moments of a checkpoint have seen."""
+    return int(commit.read_manifest(folder)["optimizer_steps"])
 
 
 def prune_checkpoints(run_dir: Path, config: CheckpointConfig, *, saved: Path) -> list[Path]:
@@ -202,23 +265,32 @@ def _write_own(
     return name, fragments.write_pieces(temporary / name, pieces), held
 
 
+class _About(NamedTuple):
+    """What a manifest says of the model and its optimizer."""
+
+    tensors: list[TensorInfo]
+    optimizer_steps: int
+    sections: list[str]
+    zero_stage: int
+
+
 def _finish(
     temporary: Path,
     final: Path,
-    engine: Engine,
+    about: _About,
     records: list[tuple[str, FileRecord, dict[str, tuple[int, int]]]],
     state: dict[str, Any],
 ) -> None:
-    sizes = {tensor.name: tensor.numel for tensor in engine.tensors}
+    sizes = {tensor.name: tensor.numel for tensor in about.tensors}
     check_complete([(n, *at) for _, _, held in records for n, at in held.items()], sizes)
     files = {name: record for name, record, _ in records}
     files[commit.STATE] = commit.write_json(temporary / commit.STATE, state)
     manifest = {
         "format": commit.FORMAT,
         "step": commit.step_of(final),
-        "optimizer_steps": engine.optimizer_steps,
-        "sections": sorted({MASTER, *engine.moments(engine.layout.partitions[0].flat)}),
-        "tensors": {tensor.name: list(tensor.shape) for tensor in engine.tensors},
+        "optimizer_steps": about.optimizer_steps,
+        "sections": about.sections,
+        "tensors": {tensor.name: list(tensor.shape) for tensor in about.tensors},
         "files": {name: record._asdict() for name, record in files.items()},
         "pieces": {name: held for name, _, held in records},
         "written_by": {
@@ -226,7 +298,7 @@ def _finish(
             "torch": torch.__version__,
             "deepspeed": version("deepspeed"),
             "ranks": len(records),
-            "zero_stage": engine.zero_stage,
+            "zero_stage": about.zero_stage,
         },
     }
     commit.commit(temporary, final, manifest)
@@ -254,6 +326,10 @@ def _read_own(engine: Engine, folder: Path, manifest: dict[str, Any]) -> None:
 
 def _tensors(manifest: dict[str, Any]) -> list[TensorInfo]:
     return [TensorInfo(name, tuple(shape)) for name, shape in manifest["tensors"].items()]
+
+
+def _infos(tensors: dict[str, Tensor]) -> list[TensorInfo]:
+    return [TensorInfo(name, tuple(tensor.shape)) for name, tensor in tensors.items()]
 
 
 def _stored(manifest: dict[str, Any]) -> dict[str, list[Stored]]:

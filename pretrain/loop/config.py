@@ -1,9 +1,12 @@
 """The run, its batches, its validation and its record. Torch-free."""
 
+import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
 
 from pretrain.errors import ConfigError
+from pretrain.model.decoding import Decoding, Exit, StateStart
 
 
 @dataclass(kw_only=True, slots=True)
@@ -96,8 +99,37 @@ class LoggingConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class AlarmConfig:
+    """When a validation shows the signature of one of the two ways in which runs have failed.
+
+    The limits lie between what `make train` and its failed variants measured, see EXPERIMENTS.md.
+    """
+
+    after_steps: int = 20
+    """No alarm before: while frequencies of tokens are learned, healthy states agree as well."""
+    collapse_correlation: float = 0.9
+    """collapse: the tokens' states, or what the head sees of them, correlate at least so much."""
+    ignored_gain_nats: float = 0.01
+    """ignored_state: the loss at the mean depth is less than this below the loss at depth 1."""
+    ignored_loss_share: float = 0.8
+    """ignored_state: only below this share of ln V; who knows nothing yet needs no state."""
+
+    def __post_init__(self) -> None:
+        for name in ("collapse_correlation", "ignored_loss_share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(
+                    f"validation.alarms.{name}={getattr(self, name)} must be in (0, 1]."
+                )
+        for name in ("after_steps", "ignored_gain_nats"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(
+                    f"validation.alarms.{name}={getattr(self, name)} must be 0 or more."
+                )
+
+
+@dataclass(kw_only=True, slots=True)
 class ValidationConfig:
-    """Held-out loss during training."""
+    """Held-out loss and the health of the recurrence during training."""
 
     every_steps: int
     """Validate after every so many steps, and at the end."""
@@ -105,6 +137,8 @@ class ValidationConfig:
     """Rows of the valid split to use; the same ones every time."""
     depths: list[int]
     """Depths to measure, all in one pass."""
+    alarms: AlarmConfig = field(default_factory=AlarmConfig)
+    """Signatures of a failing recurrence."""
 
     def __post_init__(self) -> None:
         if self.every_steps < 1 or self.rows < 1:
@@ -135,7 +169,7 @@ class EvaluateOptions:
 
 @dataclass(kw_only=True, slots=True)
 class GenerateOptions:
-    """How `pretrain generate` samples."""
+    """How `pretrain generate` continues a prompt."""
 
     prompt: str
     """Text to continue."""
@@ -151,15 +185,52 @@ class GenerateOptions:
     """Sample among the likeliest tokens that hold this probability; 1: all."""
     seed: int
     """Keys the sampling and the initial states."""
+    start: StateStart
+    """Where each token's recurrence starts: random, as in training; zeros; warm, where the token
+    before ended."""
+    schedule: list[int]
+    """Iterations of the first new tokens, in place of num_steps."""
+    exit: Exit
+    """What ends a token's iterations before num_steps; none: nothing."""
+    exit_threshold: float | None
+    """Exit below it (argmax_stability: from it on); null: the published default."""
+    min_steps: int
+    """No token exits before."""
+    check_every: int
+    """Iterations from one look at the criterion to the next."""
+    cache_iterations: int | None
+    """Keep keys and values of so many iterations per token; null: of all."""
+    draft_steps: int | None
+    """Draft tokens with so many iterations and verify them side by side: the same text."""
+    lookahead: int
+    """Tokens to draft before they are verified."""
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1 or self.max_new_tokens < 1:
-            raise ConfigError(
-                f"generate.num_steps={self.num_steps} and "
-                f"generate.max_new_tokens={self.max_new_tokens} must be at least 1."
-            )
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ConfigError(
-                f"generate.temperature={self.temperature} and generate.top_k={self.top_k} must be "
-                f"0 or more, generate.top_p={self.top_p} in (0, 1]."
-            )
+        if self.top_k < 0:
+            raise ConfigError(f"generate.top_k={self.top_k} must be 0 or more.")
+        try:
+            self.decoding(())
+        except ConfigError as error:
+            raise ConfigError(f"generate: {error}") from None
+
+    def decoding(self, stop_ids: Collection[int], most_tokens: int | None = None) -> Decoding:
+        """The same for the model, of at most so many tokens. Raises ConfigError if impossible."""
+        new_tokens = min(self.max_new_tokens, most_tokens or self.max_new_tokens)
+        return Decoding(
+            num_steps=self.num_steps,
+            max_new_tokens=new_tokens,
+            schedule=tuple(self.schedule),
+            exit=self.exit,
+            exit_threshold=self.exit_threshold,
+            min_steps=self.min_steps,
+            check_every=self.check_every,
+            draft_steps=self.draft_steps,
+            lookahead=self.lookahead,
+            temperature=self.temperature,
+            top_k=self.top_k or None,
+            top_p=self.top_p,
+            seed=self.seed,
+            stop_ids=stop_ids,
+            start=self.start,
+            cache_iterations=self.cache_iterations,
+        )

@@ -66,6 +66,7 @@ def micro_batches(
                 seed=seed,
                 context=model.context,
                 width=model.width,
+                sigma=model.state_sigma,
                 device=device,
             ),
             depths=[depths[row] for row in chosen],

@@ -7,8 +7,9 @@ from typing import Any
 from pretrain.compose import as_dict
 from pretrain.config import TrainConfig
 from pretrain.errors import PretrainError
+from pretrain.loop.alarms import Alarms
 from pretrain.loop.console import Progress
-from pretrain.loop.metrics import MetricLog
+from pretrain.loop.metrics import MetricLog, read_metrics
 from pretrain.loop.plots import plot_run
 from pretrain.loop.state import TrainState
 from pretrain.loop.steps import StepRecord
@@ -26,6 +27,7 @@ class Record:
         if not self._is_writer:
             return
         self._log = MetricLog(run_dir / "metrics.jsonl", resumed_step=state.step)
+        self._alarms = Alarms(config, read_metrics(run_dir / "metrics.jsonl"))
         self._progress = Progress(config.total_steps)
         self._wandb = WandbSink(config.logging, run_dir, as_dict(config), run_name=config.run.name)
 
@@ -54,7 +56,8 @@ class Record:
         pairs = zip(result["validation/depths"], result["validation/loss_nats"], strict=True)
         shown = "  ".join(f"r={depth} {loss:.4f}" for depth, loss in pairs)
         log.info("validation at step %d: %s", state.step, shown)
-        self._write({"step": state.step, "tokens": state.tokens, **result})
+        alarms = self._alarms.judge(state.step, result)
+        self._write({"step": state.step, "tokens": state.tokens, **result, **alarms})
 
     def sync(self) -> None:
         """Make what was written last through a power cut; called with each checkpoint."""

@@ -36,8 +36,11 @@ class TrainState:
 
 
 def check_same_data(saved: dict[str, Any], fingerprint: str, shards: str) -> None:
-    """Raise DataError if a checkpoint's state names other shards than those at `shards`."""
-    if saved["data_fingerprint"] != fingerprint:
+    """Raise DataError if a checkpoint's state names other shards than those at `shards`.
+
+    A run that was adopted, and has not trained yet, names none.
+    """
+    if saved.get("data_fingerprint", fingerprint) != fingerprint:
         raise DataError(
             f"The run has trained on data {saved['data_fingerprint'][:12]}, but {shards} holds "
             f"{fingerprint[:12]}: rows would be lost or repeated, and held-out text may have been "
@@ -50,6 +53,7 @@ def check_same_tokenizer(saved: dict[str, Any], sha256: str, path: str) -> None:
     known = str(saved.get("tokenizer_sha256", "unknown"))
     if known != sha256:
         raise DataError(
-            f"The run has trained on ids of tokenizer {known[:12]}, but {path} holds "
-            f"{sha256[:12]}: its text would be nonsense. Put the run's own tokenizer back there."
+            f"The run's weights know the ids of tokenizer {known[:12]}, but {path} holds "
+            f"{sha256[:12]}: its text would be nonsense. Use the run's own tokenizer, and shards "
+            "that were built with it."
         )

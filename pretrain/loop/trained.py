@@ -7,14 +7,19 @@ import torch
 
 from pretrain.compose import thaw
 from pretrain.config import TrainConfig
-from pretrain.engine.checkpoint import load_weights, newest_checkpoint, read_state
+from pretrain.engine.checkpoint import (
+    load_weights,
+    newest_checkpoint,
+    read_state,
+    whole_checkpoint,
+)
 from pretrain.engine.config import Precision
 from pretrain.errors import CheckpointError
 from pretrain.model.recurrent import RecurrentModel
 
 
 class Trained(NamedTuple):
-    """The newest whole checkpoint of a run."""
+    """One whole checkpoint of a run."""
 
     config: TrainConfig
     model: RecurrentModel
@@ -22,26 +27,35 @@ class Trained(NamedTuple):
     dtype: torch.dtype
     state: dict[str, Any]
     """What the loop saved with it: its counters, and hashes of shards and tokenizer."""
+    folder: Path
+    """Where it lies."""
 
 
-def load_trained(run_dir: str | Path, device: torch.device) -> Trained:
-    """The run's newest weights on `device`, in the precision that it trains in.
+def load_trained(
+    run_dir: str | Path,
+    device: torch.device,
+    *,
+    step: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Trained:
+    """The run's weights on `device`: the newest, in the precision that it trains in, unless told.
 
-    Raises CheckpointError if the folder is no run or has no checkpoint yet.
+    Raises CheckpointError if the folder is no run, or has no such checkpoint.
     """
     run_dir = Path(run_dir)
     config = thaw(run_dir)
-    newest = newest_checkpoint(run_dir)
+    newest = newest_checkpoint(run_dir) if step is None else whole_checkpoint(run_dir, step)
     if newest is None:
         raise CheckpointError(
             f"{run_dir} has no checkpoint yet: `pretrain train run.dir={run_dir}` writes the first "
             f"after {config.checkpoint.every_steps} steps (checkpoint.every_steps)."
         )
-    dtype = torch.bfloat16 if config.engine.precision is Precision.bf16 else torch.float32
+    if dtype is None:
+        dtype = torch.bfloat16 if config.engine.precision is Precision.bf16 else torch.float32
     with torch.device("meta"):
         model = RecurrentModel(config.model).to(dtype)
     model = model.to_empty(device=device)
     weights = {name: weight.to(device, dtype) for name, weight in load_weights(newest).items()}
     model.load_state_dict(weights, strict=True)
-    step = int(newest.name.removeprefix("step-"))
-    return Trained(config, model.eval(), step, dtype, read_state(newest))
+    number = int(newest.name.removeprefix("step-"))
+    return Trained(config, model.eval(), number, dtype, read_state(newest), newest)

@@ -4,12 +4,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pretrain.config import TrainConfig
 from pretrain.data.loader import Batch
 from pretrain.engine.world import World
 from pretrain.loop.micro_batches import labels_of
 from pretrain.model.depth import Depth
+from pretrain.model.diagnostics import Diagnostics
 from pretrain.model.initial_state import initial_states
 from pretrain.model.loss import IGNORED
 from pretrain.model.recurrent import Output
@@ -26,34 +28,63 @@ def validate(
     held_out: Batch,
     *,
     depths: Sequence[int],
+    diagnose_depth: int | None = None,
 ) -> dict[str, Any]:
     """Mean nats per token at each of `depths` over the ranks' slices of the held-out rows.
 
     Returns validation/depths, validation/loss_nats (both lists), validation/rows and
-    validation/tokens. Every rank calls `forward` equally often, with idle rows if need be: under
-    ZeRO-3 a forward pass is a collective.
+    validation/tokens. With `diagnose_depth` also the losses at 1 and there, whatever `depths` has,
+    and there the `Diagnostics` of the state. Every rank calls `forward` equally often, with idle
+    rows if need be: under ZeRO-3 a forward pass is a collective.
     """
-    micro_rows = config.batch.micro_rows
+    extra = () if diagnose_depth is None else (1, diagnose_depth)
+    measured = sorted({*depths, *extra})
     most = max(world.gather_objects(len(held_out.tokens_BS)))
-    totals = torch.zeros(len(depths), dtype=torch.float64)
+    totals = torch.zeros(len(measured) + len(Diagnostics._fields), dtype=torch.float64)
     num_labels = 0.0
-    for start in range(0, most, micro_rows):
-        batch = _slice(held_out, start, micro_rows)
-        if batch is None:
-            _idle_forward(forward, config, world, depths)
-            continue
-        output = _forward(forward, config, world, batch, depths)
-        assert output.nats_by_depth is not None
-        totals += output.nats_by_depth.double().sum(-1).cpu()
-        num_labels += float((labels_of(batch, config.model.documents) != IGNORED).sum())
-    *nats, count, all_rows = world.sum(
+    for start in range(0, most, config.batch.micro_rows):
+        batch = _slice(held_out, start, config.batch.micro_rows)
+        output = _forward(
+            forward, config, world, batch or _idle_batch(config), measured, diagnose_depth
+        )
+        if batch is not None:
+            totals += _sums(output)
+            num_labels += float((labels_of(batch, config.model.documents) != IGNORED).sum())
+    *sums, count, all_rows = world.sum(
         [*totals.tolist(), num_labels, float(len(held_out.tokens_BS))]
     )
-    return {
+    losses = {depth: nats / max(count, 1.0) for depth, nats in zip(measured, sums, strict=False)}
+    result = {
         "validation/depths": list(depths),
-        "validation/loss_nats": [value / max(count, 1.0) for value in nats],
+        "validation/loss_nats": [losses[depth] for depth in depths],
         "validation/rows": int(all_rows),
         "validation/tokens": int(count),
+    }
+    if diagnose_depth is not None:
+        result["validation/loss_at_1_nats"] = losses[1]
+        result["validation/loss_at_mean_nats"] = losses[diagnose_depth]
+        result |= _diagnostics(sums[len(measured) :])
+    return result
+
+
+def _sums(output: Output) -> Tensor:
+    """Sums over the rows of a micro-batch: nats at each depth, then each of the diagnostics."""
+    assert output.nats_by_depth is not None
+    nats = output.nats_by_depth.double().sum(-1)
+    found = output.diagnostics
+    if found is None:
+        return torch.cat([nats, nats.new_zeros(len(Diagnostics._fields))]).cpu()
+    return torch.cat([nats, torch.stack(found).sum(-1)]).cpu()
+
+
+def _diagnostics(sums: Sequence[float]) -> dict[str, float]:
+    *totals, rows = sums
+    state, hidden, norm, residual = (total / max(rows, 1.0) for total in totals)
+    return {
+        "state/token_correlation": state,
+        "state/norm": norm,
+        "state/relative_residual": residual,
+        "hidden/token_correlation": hidden,
     }
 
 
@@ -73,6 +104,7 @@ def _forward(
     world: World,
     batch: Batch,
     depths: Sequence[int],
+    diagnose_depth: int | None,
 ) -> Output:
     model = config.model
     first = batch.first_row
@@ -85,20 +117,16 @@ def _forward(
                 seed=STATE_SEED,
                 context=model.context,
                 width=model.width,
+                sigma=model.state_sigma,
                 device=world.device,
             ),
             labels=labels_of(batch, model.documents).to(world.device),
             documents=batch.documents_BS[:, :-1].to(world.device),
             evaluate_depths=list(depths),
+            diagnose_depth=diagnose_depth,
         )
 
 
-def _idle_forward(
-    forward: Callable[..., Output],
-    config: TrainConfig,
-    world: World,
-    depths: Sequence[int],
-) -> None:
+def _idle_batch(config: TrainConfig) -> Batch:
     padding = torch.zeros(1, config.model.context + 1, dtype=torch.int64)
-    batch = Batch(first_row=0, tokens_BS=padding, documents_BS=padding - 1)
-    _forward(forward, config, world, batch, depths)
+    return Batch(first_row=0, tokens_BS=padding, documents_BS=padding - 1)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.model.config import DepthConfig, Sampling, Scope
-from pretrain.model.depth import core_work, step_totals
+from pretrain.model.depth import core_work, settled, step_totals
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,9 +82,10 @@ class Simulation:
 
 
 def simulate(depth: DepthConfig, *, seed: int, rows: int, steps: int) -> Simulation:
-    """The first `steps` steps of a run with `rows` rows a step, as training would deal them."""
+    """`steps` steps with `rows` rows each, as training deals them once a curriculum is over."""
+    law = settled(depth)
     totals = [
-        step_totals(depth, seed=seed, first_row=step * rows, rows=rows) for step in range(steps)
+        step_totals(law, seed=seed, first_row=step * rows, rows=rows) for step in range(steps)
     ]
     return Simulation(depth=depth, work=core_work(np.stack(totals), depth.backprop))
 

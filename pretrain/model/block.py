@@ -1,13 +1,18 @@
-"""One transformer layer in the sandwich form: a norm before each branch, one after each sum."""
+"""One transformer layer, in the published form and in that of a run that failed."""
 
 from torch import Tensor, nn
 
 from pretrain.model.attention import Attention
 from pretrain.model.cache import Slot
-from pretrain.model.config import ModelConfig
+from pretrain.model.config import Block, ModelConfig
 from pretrain.model.layout import Layout
 from pretrain.model.mlp import GatedMLP
-from pretrain.model.norm import RMSNorm
+from pretrain.model.norm import make_norm
+
+
+def make_block(config: ModelConfig) -> nn.Module:
+    """One layer of the model's form."""
+    return {Block.sandwich: SandwichBlock, Block.pre_norm: PreNormBlock}[config.block](config)
 
 
 class SandwichBlock(nn.Module):
@@ -18,15 +23,35 @@ class SandwichBlock(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.norm_1 = RMSNorm(config.width, config.norm_epsilon)
+        self.norm_1 = make_norm(config)
         self.attention = Attention(config)
-        self.norm_2 = RMSNorm(config.width, config.norm_epsilon)
-        self.norm_3 = RMSNorm(config.width, config.norm_epsilon)
+        self.norm_2 = make_norm(config)
+        self.norm_3 = make_norm(config)
         self.mlp = GatedMLP(config)
-        self.norm_4 = RMSNorm(config.width, config.norm_epsilon)
+        self.norm_4 = make_norm(config)
 
     def forward(self, x_BTD: Tensor, layout: Layout, slot: Slot | None = None) -> Tensor:
         """[B, T, D] of [B, T, D]; with a slot, the tokens continue those already in it."""
         x_BTD = self.norm_2(x_BTD + self.attention(self.norm_1(x_BTD), layout, slot))
         x_BTD = self.norm_4(x_BTD + self.mlp(self.norm_3(x_BTD)))
+        return x_BTD
+
+
+class PreNormBlock(nn.Module):
+    """x <- x + attention(n1 x);  x <- x + mlp(n2 x): nothing bounds the sum.
+
+    Under it the published recipe learned to ignore the state (arXiv 2502.05171, section 4.3).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm_1 = make_norm(config)
+        self.attention = Attention(config)
+        self.norm_2 = make_norm(config)
+        self.mlp = GatedMLP(config)
+
+    def forward(self, x_BTD: Tensor, layout: Layout, slot: Slot | None = None) -> Tensor:
+        """[B, T, D] of [B, T, D]; with a slot, the tokens continue those already in it."""
+        x_BTD = x_BTD + self.attention(self.norm_1(x_BTD), layout, slot)
+        x_BTD = x_BTD + self.mlp(self.norm_2(x_BTD))
         return x_BTD

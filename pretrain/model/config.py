@@ -28,9 +28,27 @@ class DocumentMask(Enum):
     isolated = "isolated"
 
 
+class Block(Enum):
+    """Where a layer's norms stand."""
+
+    sandwich = "sandwich"
+    pre_norm = "pre_norm"
+
+
+class Injection(Enum):
+    """How an iteration joins the state with the embedded tokens."""
+
+    linear = "linear"
+    add = "add"
+
+
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """One recurrent-depth transformer: prelude, core that is iterated, coda."""
+    """One recurrent-depth transformer: prelude, core that is iterated, coda.
+
+    The fields from `block` on default to the published model; the failed runs that the paper
+    reports (arXiv 2502.05171, section 4.3) chose otherwise, see conf/experiment/failed-run-*.yaml.
+    """
 
     name: str
     """The preset's name; it goes into checkpoints and exports."""
@@ -56,6 +74,16 @@ class ModelConfig:
     """Added to the mean square inside RMSNorm."""
     documents: DocumentMask = DocumentMask.causal
     """causal: attend across documents packed in a row; isolated: mask them, positions restart."""
+    block: Block = Block.sandwich
+    """sandwich: a norm before each branch and one after each sum; pre_norm: only the former."""
+    norm_gain: bool = True
+    """Whether RMSNorm multiplies by a learned gain."""
+    injection: Injection = Injection.linear
+    """linear: adapter [s ; e] with a learned matrix; add: s + e."""
+    embedding_scale: bool = True
+    """Whether embedded tokens and the initial state are multiplied by sqrt(width)."""
+    qk_bias: bool = True
+    """Whether queries and keys get a learned bias."""
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
@@ -74,6 +102,11 @@ class ModelConfig:
     def head_width(self) -> int:
         """K, the width of one attention head."""
         return self.width // self.heads
+
+    @property
+    def state_sigma(self) -> float:
+        """Standard deviation, before the cut, of the initial state: that of an embedded token."""
+        return math.sqrt(2 / 5) if self.embedding_scale else math.sqrt(2 / (5 * self.width))
 
 
 class Law(Enum):
@@ -98,6 +131,14 @@ class Sampling(Enum):
     independent = "independent"
 
 
+class Curriculum(Enum):
+    """How the mean depth grows at the start of a run (arXiv 2511.07384)."""
+
+    none = "none"
+    linear = "linear"
+    one_minus_sqrt = "one_minus_sqrt"
+
+
 @dataclass(kw_only=True, slots=True)
 class DepthConfig:
     """The law of depths and how its draws are dealt to rows (arXiv 2502.05171; dealing is ours)."""
@@ -118,6 +159,10 @@ class DepthConfig:
     """Equal blocks of a step's rows that stratified draws give equal work; null: rows / 8."""
     block_rows: int = 1
     """Consecutive rows that share a depth under scope block."""
+    curriculum: Curriculum = Curriculum.none
+    """linear: the mean grows evenly; one_minus_sqrt: slowly at first, as 1 - sqrt(1 - progress)."""
+    ramp_rows: int = 0
+    """Global rows after which the mean is full."""
 
     def __post_init__(self) -> None:
         for name in ("mean", "backprop", "block_rows"):
@@ -136,4 +181,9 @@ class DepthConfig:
             raise ConfigError(
                 f"depth.block_rows={self.block_rows} would do nothing with "
                 f"depth.scope={self.scope.value}. Set depth.scope=block or depth.block_rows=1."
+            )
+        if (self.curriculum is Curriculum.none) != (self.ramp_rows == 0) or self.ramp_rows < 0:
+            raise ConfigError(
+                f"depth.curriculum={self.curriculum.value} with depth.ramp_rows={self.ramp_rows}: "
+                "a curriculum needs the rows that it lasts (1 or more), and none has 0."
             )

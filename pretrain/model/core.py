@@ -15,36 +15,42 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.errors import ConfigError
-from pretrain.model.block import SandwichBlock
-from pretrain.model.cache import KeyValueCache
-from pretrain.model.config import ModelConfig
+from pretrain.model.block import make_block
+from pretrain.model.cache import Span
+from pretrain.model.config import Injection, ModelConfig
 from pretrain.model.depth import Depth
 from pretrain.model.layout import Layout
 from pretrain.model.parameter import unset
 
 
 class CoreIteration(nn.Module):
-    """One iteration: s <- layers(adapter [s ; e]), the state first."""
+    """One iteration: s <- layers(adapter [s ; e]), the state first, or layers(s + e)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.adapter = unset(config.width, 2 * config.width)
-        self.layers = nn.ModuleList(SandwichBlock(config) for _ in range(config.core_layers))
+        is_linear = config.injection is Injection.linear
+        self.adapter = unset(config.width, 2 * config.width) if is_linear else None
+        self.layers = nn.ModuleList(make_block(config) for _ in range(config.core_layers))
 
     def forward(
         self,
         state_ATD: Tensor,
         embedded_ATD: Tensor,
         layout: Layout,
-        cache: KeyValueCache | None = None,
+        span: Span | None = None,
         iteration: int = 0,
     ) -> Tensor:
         """The next state of the active rows; `iteration` counts from 0 and names cache slots."""
-        x_ATD = F.linear(torch.cat((state_ATD, embedded_ATD), dim=-1), self.adapter)
+        x_ATD = self._inject(state_ATD, embedded_ATD)
         for index, layer in enumerate(self.layers):
-            slot = None if cache is None else cache.slot("core", index, iteration)
+            slot = None if span is None else span.slot("core", index, iteration)
             x_ATD = layer(x_ATD, layout, slot)
         return x_ATD
+
+    def _inject(self, state_ATD: Tensor, embedded_ATD: Tensor) -> Tensor:
+        if self.adapter is None:
+            return state_ATD + embedded_ATD
+        return F.linear(torch.cat((state_ATD, embedded_ATD), dim=-1), self.adapter)
 
 
 class RecurrentCore(nn.Module):
@@ -67,17 +73,16 @@ class RecurrentCore(nn.Module):
         layout: Layout,
         keep: Sequence[int] = (),
         checkpoint_activations: bool = False,
-        cache: KeyValueCache | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The state of each row after its own depth, and those after `keep` iterations.
 
-        `keep` (0 is the start) and `cache` need one depth for all rows, else ConfigError.
+        `keep` (0 is the start) needs one depth for all rows, else ConfigError.
         """
         order = sorted(range(len(depths)), key=lambda row: -depths[row].total)
         depths = [depths[row] for row in order]
-        if (keep or cache is not None) and depths[0].total != depths[-1].total:
+        if keep and depths[0].total != depths[-1].total:
             raise ConfigError(
-                f"states by iteration and caches need one depth for all rows, not "
+                f"states by iteration need one depth for all rows, not "
                 f"{depths[-1].total} to {depths[0].total}; run the rows by themselves."
             )
         if is_mixed := order != sorted(order):
@@ -88,7 +93,7 @@ class RecurrentCore(nn.Module):
         loop = _Loop(self.iteration, embedded_BTD, state_BTD, layout, depths)
         for iterations_left in range(depths[0].total, 0, -1):
             done = depths[0].total - iterations_left
-            loop.advance(iterations_left, done, checkpoint_activations, cache)
+            loop.advance(iterations_left, checkpoint_activations)
             if done + 1 in keep:
                 kept[done + 1] = loop.state_ATD
         state_BTD = loop.cut(iterations_left=0)
@@ -118,9 +123,7 @@ class _Loop:
         self.active_layout = layout
         self.state_ATD = start_BTD[:0]
 
-    def advance(
-        self, iterations_left: int, done: int, is_checkpointed: bool, cache: KeyValueCache | None
-    ) -> None:
+    def advance(self, iterations_left: int, is_checkpointed: bool) -> None:
         """Let rows join whose depth is `iterations_left`, then iterate all active rows once."""
         has_grad = torch.is_grad_enabled() and iterations_left <= self.gradient_iterations
         with torch.set_grad_enabled(has_grad):
@@ -132,7 +135,7 @@ class _Loop:
                     self.iteration, *arguments, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                self.state_ATD = self.iteration(*arguments, cache, done)
+                self.state_ATD = self.iteration(*arguments)
 
     def cut(self, iterations_left: int) -> Tensor:
         """The active state, without history for the rows whose gradient starts here.

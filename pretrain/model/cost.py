@@ -5,12 +5,12 @@ FLOPs are those of the mathematics as written: a multiply-add is 2, causal atten
 Elementwise work is not counted.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pretrain.model.config import CHUNK_TOKENS, DepthConfig, ModelConfig
-from pretrain.model.depth import Depth, DepthLaw
+from pretrain.model.config import CHUNK_TOKENS, Block, DepthConfig, Injection, ModelConfig
+from pretrain.model.depth import Depth, DepthLaw, means_of_run, settled
 
 # Statistics, attention's log-sum-exp, loss: kept in float32 whatever the weights are.
 _WIDE_BYTES = 4
@@ -22,8 +22,9 @@ def layer_weights(model: ModelConfig) -> int:
 
 
 def layer_parameters(model: ModelConfig) -> int:
-    """All parameters of one layer: its weights, the q and k bias, four norm gains."""
-    return layer_weights(model) + 2 * model.width + 4 * model.width
+    """All parameters of one layer: its weights, the q and k bias, the gains of its norms."""
+    gains = _layer_norms(model) if model.norm_gain else 0
+    return layer_weights(model) + (2 * model.qk_bias + gains) * model.width
 
 
 def count_parameters(model: ModelConfig) -> dict[str, int]:
@@ -32,11 +33,19 @@ def count_parameters(model: ModelConfig) -> dict[str, int]:
     return {
         "embedding": model.vocabulary_size * model.width,
         "prelude": model.prelude_layers * layer,
-        "adapter": 2 * model.width**2,
+        "adapter": _adapter_weights(model),
         "core": model.core_layers * layer,
         "coda": model.coda_layers * layer,
-        "final norm": model.width,
+        "final norm": model.norm_gain * model.width,
     }
+
+
+def _layer_norms(model: ModelConfig) -> int:
+    return 4 if model.block is Block.sandwich else 2
+
+
+def _adapter_weights(model: ModelConfig) -> int:
+    return 2 * model.width**2 if model.injection is Injection.linear else 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +66,7 @@ class TokenFlops:
         head = 2 * model.vocabulary_size * model.width
         return TokenFlops(
             once=(model.prelude_layers + model.coda_layers) * layer + head,
-            iteration=model.core_layers * layer + 2 * (2 * model.width**2),
+            iteration=model.core_layers * layer + 2 * _adapter_weights(model),
         )
 
     def model(self, no_grad: float, with_grad: float) -> float:
@@ -65,27 +74,34 @@ class TokenFlops:
         return 3 * self.once + self.iteration * (no_grad + 3 * with_grad)
 
     def executed(self, no_grad: float, with_grad: float, *, is_recomputed: bool) -> float:
-        """Training FLOPs that run, with the recomputation of activation checkpoints if any."""
+        """Training FLOPs that run, with the recomputation of activation checkpoints if any.
+
+        A pre-norm core's recomputation ends one matrix product earlier than is counted.
+        """
         passes = 4 if is_recomputed else 3
         return 3 * self.once + self.iteration * (no_grad + passes * with_grad)
 
 
-def mean_iterations(depth: DepthConfig) -> tuple[float, float]:
-    """Iterations without and with gradient, averaged over the law."""
-    law = DepthLaw.of(depth)
-    with_grad = np.minimum(law.depths, depth.backprop).astype(np.float64)
-    no_grad = law.depths - with_grad
-    return law.expect(no_grad), law.expect(with_grad)
+def mean_iterations(depth: DepthConfig, *, rows: int) -> tuple[float, float]:
+    """Iterations without and with gradient, averaged over the law and a run of `rows` rows."""
+    no_grad = with_grad = 0.0
+    for mean, share in means_of_run(depth, rows):
+        law = DepthLaw.of(replace(settled(depth), mean=mean))
+        gradient = np.minimum(law.depths, depth.backprop).astype(np.float64)
+        with_grad += share * law.expect(gradient)
+        no_grad += share * law.expect(law.depths - gradient)
+    return no_grad, with_grad
 
 
 def layer_activation_bytes(model: ModelConfig, *, element_bytes: int) -> int:
     """Bytes per token that autograd keeps of one layer on the plain PyTorch path.
 
-    Four norms keep their float32 input, its scale and their normalised output; matrices their
-    inputs; attention keeps rotated q and k, the packed qkv that v is a view of, and its output,
-    which is also an input already counted for; the MLP keeps gate|up, SiLU(gate), their product.
+    Norms keep their float32 input, its scale and, for a gain, their normalised output; matrices
+    their inputs; attention keeps rotated q and k, the packed qkv that v is a view of, and its
+    output, which is also an input already counted for; the MLP keeps gate|up, SiLU(gate), their
+    product.
     """
-    norms = 4 * _norm_bytes(model, element_bytes)
+    norms = _layer_norms(model) * _norm_bytes(model, element_bytes)
     matrix_inputs = 2 * element_bytes * model.width
     attention = 6 * element_bytes * model.width + _WIDE_BYTES * model.heads
     mlp = 4 * element_bytes * model.inner
@@ -93,7 +109,7 @@ def layer_activation_bytes(model: ModelConfig, *, element_bytes: int) -> int:
 
 
 def _norm_bytes(model: ModelConfig, element_bytes: int) -> int:
-    return (_WIDE_BYTES + element_bytes) * model.width + _WIDE_BYTES
+    return (_WIDE_BYTES + model.norm_gain * element_bytes) * model.width + _WIDE_BYTES
 
 
 def row_activation_bytes(
@@ -105,7 +121,7 @@ def row_activation_bytes(
     """
     layer = layer_activation_bytes(model, element_bytes=element_bytes)
     state = element_bytes * model.width
-    joined = 2 * state
+    joined = 2 * state if model.injection is Injection.linear else 0
     iteration = model.core_layers * layer + joined
     kept = backprop * state + iteration if is_checkpointed else backprop * iteration
     once = (model.prelude_layers + model.coda_layers) * layer + 2 * state

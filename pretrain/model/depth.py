@@ -9,7 +9,7 @@ Source: arXiv 2502.05171 (the law); stratification and dealing are ours.
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.errors import ConfigError
-from pretrain.model.config import DepthConfig, Law, Sampling, Scope
+from pretrain.model.config import Curriculum, DepthConfig, Law, Sampling, Scope
 from pretrain.model.deal import even_groups
 
 # Work of an iteration with gradient in units of one without: forward, recomputation, 2 x backward.
@@ -95,6 +95,42 @@ def core_work(totals: NDArray[np.int64], backprop: int) -> NDArray[np.int64]:
     return work
 
 
+def at_row(config: DepthConfig, first_row: int) -> DepthConfig:
+    """What a step that begins at a global row draws from: its curriculum's law, itself settled.
+
+    The mean is the ramp's value rounded up, at least 1. Source: arXiv 2511.07384 and its code.
+    """
+    if config.curriculum is Curriculum.none:
+        return config
+    progress = min(first_row / config.ramp_rows, 1.0)
+    if config.curriculum is Curriculum.one_minus_sqrt:
+        progress = 1.0 - math.sqrt(1.0 - progress)
+    return replace(
+        config,
+        mean=max(math.ceil(config.mean * progress), 1),
+        curriculum=Curriculum.none,
+        ramp_rows=0,
+    )
+
+
+def settled(config: DepthConfig) -> DepthConfig:
+    """What steps draw from when the curriculum, if any, is over."""
+    return at_row(config, config.ramp_rows)
+
+
+def means_of_run(config: DepthConfig, rows: int) -> list[tuple[int, float]]:
+    """Each mean that a run of so many rows draws from, and its share of the rows."""
+    if config.curriculum is Curriculum.none:
+        return [(config.mean, 1.0)]
+    # the ramp's value is at most m / mean up to here
+    shares = np.arange(config.mean + 1) / config.mean
+    if config.curriculum is Curriculum.one_minus_sqrt:
+        shares = 1.0 - (1.0 - shares) ** 2
+    ends = np.minimum(shares * config.ramp_rows / rows, 1.0)
+    ends[-1] = 1.0
+    return list(zip(range(1, config.mean + 1), np.diff(ends).tolist(), strict=True))
+
+
 def step_depths(config: DepthConfig, *, seed: int, first_row: int, rows: int) -> list[Depth]:
     """How often the core runs for each row of one step's global batch, in row order.
 
@@ -113,6 +149,7 @@ def step_totals(config: DepthConfig, *, seed: int, first_row: int, rows: int) ->
     """`step_depths` as an array of total iterations, int64 [rows]."""
     if rows < 1 or first_row < 0:
         raise ConfigError(f"A step of {rows} rows from global row {first_row} has no depths.")
+    config = at_row(config, first_row)
     law = DepthLaw.of(config)
     key = f"{seed}:{first_row}:{rows}"
     if config.scope is Scope.step:
@@ -210,7 +247,8 @@ def _divisor_up_to(number: int, limit: int) -> int:
     return max((d for d in range(1, min(number, limit) + 1) if number % d == 0), default=1)
 
 
-@lru_cache(maxsize=16)
+# a curriculum passes through every mean up to its last
+@lru_cache(maxsize=128)
 def _tabulate(law: Law, mean: int, sigma: float) -> DepthLaw:
     if law is Law.fixed:
         cdf = np.zeros(mean)

@@ -14,7 +14,7 @@ from pretrain.model.parameter import unset
 
 
 class TiedEmbedding(nn.Module):
-    """One matrix E for both ends: sqrt(D) E[tokens] on the way in, h E^T on the way out.
+    """One matrix E for both ends: scale E[tokens] on the way in, h E^T on the way out.
 
     Both ends go through `forward`, because an engine that shards weights (ZeRO-3) gathers them
     only around a module's call.
@@ -22,7 +22,7 @@ class TiedEmbedding(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.scale = math.sqrt(config.width)
+        self.scale = math.sqrt(config.width) if config.embedding_scale else 1.0
         self.weight = unset(config.vocabulary_size, config.width)
 
     def forward(

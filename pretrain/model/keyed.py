@@ -8,23 +8,32 @@ differs in the last place still round to the same float32.
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-Key = tuple[int, int]
+Keys = tuple[Tensor, Tensor]
+# Two words, or two int32 tensors of them that broadcast with the counters.
+Key = tuple[int, int] | Keys
 
 # Truncated normals end at this many standard deviations, everywhere in the model.
 CUT_SIGMAS = 3.0
 
 
-def make_key(*parts: object) -> Key:
+def make_key(*parts: object) -> tuple[int, int]:
     """Two signed 32-bit words from parts with a stable text, e.g. ("initial state", seed, row)."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return (
         int.from_bytes(digest[:4], "little", signed=True),
         int.from_bytes(digest[4:], "little", signed=True),
     )
+
+
+def stack_keys(keys: Sequence[tuple[int, int]], device: torch.device) -> Keys:
+    """Keys as tensors [B]; to draw with, shaped so that they broadcast with the counters."""
+    first_B, second_B = torch.tensor(keys, dtype=torch.int32, device=device).unbind(1)
+    return first_B, second_B
 
 
 def uniforms(key: Key, counters_N: Tensor) -> Tensor:

@@ -23,29 +23,36 @@ class Mask:
     """Documents isolated: tokens see each other only if their numbers agree."""
     prefixes_B: Tensor | None = None
     """Bidirectional prefix: every token of the row sees the first so many."""
+    positions_BT: Tensor | None = None
+    """Queries that follow cached keys: each sees the keys up to its own position."""
 
     @property
     def is_causal(self) -> bool:
         """Whether a query sees exactly the keys that are not after it."""
-        return self.segments_BT is None and self.prefixes_B is None
+        return self.segments_BT is None and self.prefixes_B is None and self.positions_BT is None
 
     def rows(self, index: Tensor | slice) -> "Mask":
         """The mask of some rows, in a new order."""
         return Mask(
             None if self.segments_BT is None else self.segments_BT[index],
             None if self.prefixes_B is None else self.prefixes_B[index],
+            None if self.positions_BT is None else self.positions_BT[index],
         )
 
-    def allowed(self, queries: int, keys: int, device: torch.device) -> Tensor:
-        """What the specification means, as booleans [B or 1, 1, Q, T]; the queries come last."""
+    def allowed(self, keys: int, device: torch.device) -> Tensor:
+        """What the specification means, as booleans [B or 1, 1, Q, T].
+
+        The queries are the keys, but for those with positions, which may be fewer.
+        """
         key_T = torch.arange(keys, device=device)
-        query_Q1 = key_T[keys - queries :, None]
-        allowed_BQT = (key_T <= query_Q1)[None]
+        if self.positions_BT is not None:
+            return (key_T <= self.positions_BT[..., None])[:, None]
+        allowed_BQT = (key_T <= key_T[:, None])[None]
         if self.prefixes_B is not None:
             allowed_BQT = allowed_BQT | (key_T < self.prefixes_B[:, None, None])
         if self.segments_BT is not None:
-            query_segment_BQ1 = self.segments_BT[:, keys - queries :, None]
-            allowed_BQT = allowed_BQT & (query_segment_BQ1 == self.segments_BT[:, None, :])
+            is_same_BQT = self.segments_BT[:, :, None] == self.segments_BT[:, None, :]
+            allowed_BQT = allowed_BQT & is_same_BQT
         return allowed_BQT[:, None]
 
 
@@ -56,6 +63,8 @@ class Layout:
     cos_BTP: Tensor
     sin_BTP: Tensor
     mask: Mask
+    keys: int | None = None
+    """Keys that the tokens attend to, cached ones first; None: the tokens themselves."""
 
     @staticmethod
     def at(positions_BT: Tensor, mask: Mask, *, head_width: int, base: float) -> "Layout":
@@ -73,10 +82,9 @@ class Layout:
         )
 
     @cached_property
-    def square_mask(self) -> Tensor:
-        """The mask as a matrix over the tokens themselves; built once for all layers."""
-        tokens = self.cos_BTP.shape[1]
-        return self.mask.allowed(tokens, tokens, self.cos_BTP.device)
+    def matrix(self) -> Tensor:
+        """The mask as booleans over queries and keys; built once for all layers."""
+        return self.mask.allowed(self.keys or self.cos_BTP.shape[1], self.cos_BTP.device)
 
 
 def split_documents(documents_BT: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,14 +3,34 @@
 import torch
 from torch import Tensor, nn
 
+from pretrain.model.config import ModelConfig
 from pretrain.model.parameter import unset
 
 
-class RMSNorm(nn.Module):
-    """x / RMS(x), cast back to x's dtype, times a learned gain (arXiv 1910.07467).
+def make_norm(config: ModelConfig) -> nn.Module:
+    """The model's norm, with or without a learned gain."""
+    if config.norm_gain:
+        return RMSNorm(config.width, config.norm_epsilon)
+    return PlainRMSNorm(config.norm_epsilon)
+
+
+class PlainRMSNorm(nn.Module):
+    """x / RMS(x), cast back to x's dtype (arXiv 1910.07467).
 
     The statistics are float32 whatever the dtype of x (float64 for float64).
     """
+
+    def __init__(self, epsilon: float) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """[B, T, D] in x's dtype."""
+        return _normalize(x_BTD, self.epsilon)
+
+
+class RMSNorm(nn.Module):
+    """The same, times a learned gain."""
 
     def __init__(self, width: int, epsilon: float) -> None:
         super().__init__()
@@ -19,7 +39,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] in x's dtype, if the gain has it too."""
-        wide_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
-        mean_square_BT1 = wide_BTD.square().mean(-1, keepdim=True)
-        normed_BTD = wide_BTD * torch.rsqrt(mean_square_BT1 + self.epsilon)
-        return normed_BTD.to(x_BTD.dtype) * self.gain
+        return _normalize(x_BTD, self.epsilon) * self.gain
+
+
+def _normalize(x_BTD: Tensor, epsilon: float) -> Tensor:
+    wide_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
+    mean_square_BT1 = wide_BTD.square().mean(-1, keepdim=True)
+    normed_BTD = wide_BTD * torch.rsqrt(mean_square_BT1 + epsilon)
+    return normed_BTD.to(x_BTD.dtype)

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.errors import ConfigError
-from pretrain.model.block import SandwichBlock
-from pretrain.model.cache import KeyValueCache
+from pretrain.model.block import make_block
+from pretrain.model.cache import Span
 from pretrain.model.config import DocumentMask, ModelConfig
 from pretrain.model.core import RecurrentCore
 from pretrain.model.depth import Depth
+from pretrain.model.diagnostics import Diagnostics, diagnose
 from pretrain.model.embedding import TiedEmbedding
 from pretrain.model.layout import Layout, Mask, split_documents
-from pretrain.model.loss import cross_entropy, weighted_sum
-from pretrain.model.norm import RMSNorm
+from pretrain.model.loss import IGNORED, cross_entropy, weighted_sum
+from pretrain.model.norm import make_norm
 
 __all__ = ["Output", "RecurrentCore", "RecurrentModel"]
 
@@ -53,6 +54,8 @@ class Output(NamedTuple):
     """Sum of weight x nats of each row at each chosen depth: float32 [N, B]."""
     labels_by_row: Tensor | None = None
     """Sum of weights of each row: float32 [B]."""
+    diagnostics: Diagnostics | None = None
+    """Of the state at `diagnose_depth` and what the head makes of it."""
 
 
 class RecurrentModel(nn.Module):
@@ -63,11 +66,13 @@ class RecurrentModel(nn.Module):
         self.config = config
         # Compute each iteration again in the backward pass instead of keeping it.
         self.checkpoint_activations = False
+        # The mean depth it is trained with and what of it carries gradient, where that is known.
+        self.usual_depth: Depth | None = None
         self.embedding = TiedEmbedding(config)
-        self.prelude = nn.ModuleList(SandwichBlock(config) for _ in range(config.prelude_layers))
+        self.prelude = nn.ModuleList(make_block(config) for _ in range(config.prelude_layers))
         self.core = RecurrentCore(config)
-        self.coda = nn.ModuleList(SandwichBlock(config) for _ in range(config.coda_layers))
-        self.final_norm = RMSNorm(config.width, config.norm_epsilon)
+        self.coda = nn.ModuleList(make_block(config) for _ in range(config.coda_layers))
+        self.final_norm = make_norm(config)
 
     def forward(
         self,
@@ -82,7 +87,7 @@ class RecurrentModel(nn.Module):
         keep_logits: bool = True,
         return_states: bool = False,
         evaluate_depths: Sequence[int] | None = None,
-        cache: KeyValueCache | None = None,
+        diagnose_depth: int | None = None,
     ) -> Output:
         """Run every row to its own depth.
 
@@ -90,14 +95,14 @@ class RecurrentModel(nn.Module):
         next token), -100 does not count; weights [B, T] of labels, default 1; documents [B, T],
         the index of each token's document in its row, -1 on padding, needed if the model isolates
         documents; prefixes [B], leading tokens that all tokens of the row see. With
-        evaluate_depths (labels needed) only `nats_by_depth` and `labels_by_row` are returned. A
-        cache continues earlier calls. Raises ConfigError if arguments do not fit together.
+        evaluate_depths (labels needed) only `nats_by_depth` and `labels_by_row` are returned, and
+        with diagnose_depth `diagnostics` there. Raises ConfigError if arguments do not fit
+        together.
         """
-        _check(tokens, depths, initial_state, labels, evaluate_depths)
-        layout = self._layout(tokens, documents, prefixes, cache)
-        embedded_BTD = self.embedding(tokens)
-        embedded_BTD = _run(self.prelude, embedded_BTD, layout, cache, "prelude")
-        keep = sorted(set(evaluate_depths or ()))
+        _check(tokens, depths, initial_state, labels, evaluate_depths, diagnose_depth)
+        layout = self._layout(tokens, documents, prefixes)
+        embedded_BTD = self.embed(tokens, layout)
+        keep = sorted({*(evaluate_depths or ()), *_last_two(diagnose_depth)})
         if return_states:
             keep = list(range(depths[0].total + 1))
         state_BTD, kept = self.core(
@@ -107,15 +112,13 @@ class RecurrentModel(nn.Module):
             layout=layout,
             keep=keep,
             checkpoint_activations=self.checkpoint_activations,
-            cache=cache,
         )
         if evaluate_depths is not None:
             assert labels is not None
             states = dict(zip(keep, kept, strict=True))
-            return self._evaluate([states[r] for r in evaluate_depths], layout, labels, weights)
-        latent_BTD, hidden_BTD = self._decode(state_BTD, layout, cache)
-        if cache is not None:
-            cache.advance(tokens.shape[1])
+            output = self._evaluate(states, evaluate_depths, layout, labels, weights)
+            return self._diagnose(output, states, diagnose_depth, layout, labels)
+        latent_BTD, hidden_BTD = self.decode(state_BTD, layout)
         output = Output(state=state_BTD, latent=latent_BTD, hidden=hidden_BTD)
         if return_states:
             output = output._replace(states=kept)
@@ -154,13 +157,10 @@ class RecurrentModel(nn.Module):
         tokens_BT: Tensor,
         documents_BT: Tensor | None,
         prefixes_B: Tensor | None,
-        cache: KeyValueCache | None,
     ) -> Layout:
-        first = 0 if cache is None else cache.length
-        positions_T = torch.arange(first, first + tokens_BT.shape[1], device=tokens_BT.device)
+        positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         positions_BT, segments_BT = positions_T.expand_as(tokens_BT), None
-        # With a cache, a row is one document that is being continued.
-        if self.config.documents is DocumentMask.isolated and cache is None:
+        if self.config.documents is DocumentMask.isolated:
             if documents_BT is None:
                 raise ConfigError(
                     "model.documents=isolated needs the document of each token; pass documents."
@@ -173,11 +173,16 @@ class RecurrentModel(nn.Module):
             base=self.config.rope_base,
         )
 
-    def _decode(
-        self, state_BTD: Tensor, layout: Layout, cache: KeyValueCache | None = None
+    def embed(self, tokens_BT: Tensor, layout: Layout, span: Span | None = None) -> Tensor:
+        """What every iteration is given, e [B, T, D]; a span continues tokens already read."""
+        return _run(self.prelude, self.embedding(tokens_BT), layout, span, "prelude")
+
+    def decode(
+        self, state_BTD: Tensor, layout: Layout, span: Span | None = None
     ) -> tuple[Tensor, Tensor]:
+        """norm(s) and norm(coda(norm(s))), what the head sees, [B, T, D] each."""
         latent_BTD = self.final_norm(state_BTD)
-        coda_BTD = _run(self.coda, latent_BTD, layout, cache, "coda")
+        coda_BTD = _run(self.coda, latent_BTD, layout, span, "coda")
         return latent_BTD, self.final_norm(coda_BTD)
 
     def _head(
@@ -202,25 +207,44 @@ class RecurrentModel(nn.Module):
 
     def _evaluate(
         self,
-        states: Sequence[Tensor],
+        states: dict[int, Tensor],
+        depths: Sequence[int],
         layout: Layout,
         labels_BT: Tensor,
         weights_BT: Tensor | None,
     ) -> Output:
         rows = []
-        for state_BTD in states:
-            _, hidden_BTD = self._decode(state_BTD, layout)
+        for depth in depths:
+            _, hidden_BTD = self.decode(states[depth], layout)
             nats_BT = self.embedding(None, hidden_BTD, labels_BT)
             nats_B, labels_B = weighted_sum(nats_BT, labels_BT, weights_BT, dim=1)
             rows.append(nats_B)
         return Output(nats_by_depth=torch.stack(rows), labels_by_row=labels_B)
 
+    def _diagnose(
+        self,
+        output: Output,
+        states: dict[int, Tensor],
+        depth: int | None,
+        layout: Layout,
+        labels_BT: Tensor,
+    ) -> Output:
+        if depth is None:
+            return output
+        _, hidden_BTD = self.decode(states[depth], layout)
+        found = diagnose(states[depth - 1], states[depth], hidden_BTD, labels_BT != IGNORED)
+        return output._replace(diagnostics=found)
+
+
+def _last_two(depth: int | None) -> tuple[int, ...]:
+    return () if depth is None else (depth - 1, depth)
+
 
 def _run(
-    layers: nn.ModuleList, x_BTD: Tensor, layout: Layout, cache: KeyValueCache | None, part: str
+    layers: nn.ModuleList, x_BTD: Tensor, layout: Layout, span: Span | None, part: str
 ) -> Tensor:
     for index, layer in enumerate(layers):
-        x_BTD = layer(x_BTD, layout, None if cache is None else cache.slot(part, index))
+        x_BTD = layer(x_BTD, layout, None if span is None else span.slot(part, index))
     return x_BTD
 
 
@@ -230,6 +254,7 @@ def _check(
     state_BTD: Tensor,
     labels_BT: Tensor | None,
     evaluate_depths: Sequence[int] | None,
+    diagnose_depth: int | None,
 ) -> None:
     rows = tokens_BT.shape[0]
     if len(depths) != rows or state_BTD.shape[:2] != tokens_BT.shape:
@@ -241,12 +266,15 @@ def _check(
         if depth.total < 1 or min(depth) < 0:
             raise ConfigError(f"row {row} has {depth}; its iterations must be at least 1.")
     if evaluate_depths is None:
+        if diagnose_depth is not None:
+            raise ConfigError(f"diagnose_depth={diagnose_depth} needs evaluate_depths.")
         return
     deepest = max(depth.total for depth in depths)
     if labels_BT is None or not evaluate_depths:
         raise ConfigError("evaluate_depths needs labels and at least one depth.")
-    if min(evaluate_depths) < 1 or max(evaluate_depths) > deepest:
+    asked = [*evaluate_depths, *_last_two(diagnose_depth)[1:]]
+    if min(asked) < 1 or max(asked) > deepest:
         raise ConfigError(
-            f"evaluate_depths={list(evaluate_depths)} must lie within 1 and {deepest}, "
-            "the depth that the rows are run to."
+            f"evaluate_depths={list(evaluate_depths)} and diagnose_depth={diagnose_depth} must lie "
+            f"within 1 and {deepest}, the depth that the rows are run to."
         )

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from enum import Enum
 
 from pretrain.errors import ConfigError
 
@@ -65,14 +66,23 @@ class AdamWConfig(OptimizerConfig):
             raise ConfigError(f"optimizer.epsilon={self.epsilon} must be above 0.")
 
 
+class CooldownShape(Enum):
+    """How the rate falls to zero, x being the part of the cool-down that is over."""
+
+    linear = "linear"
+    one_minus_sqrt = "one_minus_sqrt"
+
+
 @dataclass(kw_only=True, slots=True)
 class ScheduleConfig:
-    """Trapezoid: linear warm-up, constant, linear cool-down, all counted in tokens."""
+    """Trapezoid: linear warm-up, constant, cool-down, all counted in tokens."""
 
     warmup_tokens: int
     """Tokens until the peak rate."""
     cooldown_tokens: int
     """Tokens before the end of the run over which the rate falls; 0: none."""
+    cooldown_shape: CooldownShape = CooldownShape.linear
+    """linear: 1 - x, as published; one_minus_sqrt: 1 - sqrt(x) (arXiv 2405.18392)."""
     min_learning_rate: float = 0.0
     """The cool-down does not go below this."""
 
@@ -81,6 +91,11 @@ class ScheduleConfig:
             raise ConfigError(
                 f"schedule.warmup_tokens={self.warmup_tokens} and "
                 f"schedule.cooldown_tokens={self.cooldown_tokens} must be 0 or more."
+            )
+        if self.cooldown_tokens == 0 and self.cooldown_shape is not CooldownShape.linear:
+            raise ConfigError(
+                f"schedule.cooldown_shape={self.cooldown_shape.value} would do nothing with "
+                "schedule.cooldown_tokens=0. Give the tokens over which the rate falls."
             )
         if not 0 <= self.min_learning_rate < math.inf:
             raise ConfigError(

@@ -55,6 +55,8 @@ class EllisAdam(Optimizer):
         self.update_clipping = update_clipping
         self.running_init = running_init
         self.layout: Layout | None = None
+        # Divisors of the rate of each tensor of a partition at its last update.
+        self.clips: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -71,6 +73,7 @@ class EllisAdam(Optimizer):
         clips = self._clips(work, layout)
         for (group, partition), clip in zip(work, clips, strict=True):
             self._update_weights(group, partition, clip)
+            self.clips[partition.flat] = clip
 
     def _update_moments(self, group: dict[str, Any], partition: Partition) -> None:
         flat = partition.flat

@@ -1,6 +1,8 @@
 """The learning rate of a step, as a pure function of the tokens consumed before it."""
 
-from pretrain.optim.config import ScheduleConfig
+import math
+
+from pretrain.optim.config import CooldownShape, ScheduleConfig
 
 
 def learning_rate(
@@ -15,6 +17,8 @@ def learning_rate(
     rise = min(1.0, (tokens + step_tokens) / max(config.warmup_tokens, 1))
     left = max(total_tokens - tokens, 0)
     fall = min(1.0, left / config.cooldown_tokens) if config.cooldown_tokens else 1.0
+    if config.cooldown_shape is CooldownShape.one_minus_sqrt:
+        fall = 1.0 - math.sqrt(1.0 - fall)
     if rise <= fall:
         return peak * rise
     return max(peak * fall, config.min_learning_rate)

@@ -12,7 +12,8 @@ from pretrain.data.config import Corpus, DataConfig, SourceConfig, TokenizerConf
 from pretrain.data.manifest import Manifest, SourceManifest, TokenizerManifest
 from pretrain.data.parts import PartFiles, PartRecord, commit
 from pretrain.data.special_ids import special_ids
-from pretrain.data.tokenizer import write_folder
+from pretrain.data.tokenizer import MAIN_FILES, SENTENCEPIECE, describe, write_folder
+from pretrain.data.tokenizer_sentencepiece import SentencePieceTokenizer
 from pretrain.data.tokenizer_training import train
 from pretrain.data.write import Packing, write_split
 
@@ -60,7 +61,8 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     for path in Path(__file__).parent.glob("test_*.py"):
         (folder / "raw" / f"{path.stem}.txt").write_text(path.read_text())
     model, _ = train(config, data)
-    write_folder(config.path, model, {"settings": {}})
+    info = describe(SentencePieceTokenizer(model), SENTENCEPIECE) | {"settings": {}}
+    write_folder(config.path, {MAIN_FILES[SENTENCEPIECE]: model}, info)
     return config.path
 
 

@@ -10,12 +10,20 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pretrain.config import TrainConfig
-from pretrain.data import tokenizer as tokenizer_module
+from pretrain.data import tokenizer_sentencepiece
 from pretrain.data.config import Corpus, DataConfig, SourceConfig, TokenizerConfig
 from pretrain.data.special_ids import SpecialIds, special_ids, special_names
-from pretrain.data.tokenizer import Tokenizer, main, read_info, write_folder
+from pretrain.data.tokenizer import (
+    SENTENCEPIECE,
+    Tokenizer,
+    describe,
+    main,
+    read_info,
+    write_folder,
+)
+from pretrain.data.tokenizer_sentencepiece import SentencePieceTokenizer
 from pretrain.data.tokenizer_training import Sample, source_shares, train, training_settings
-from pretrain.errors import DataError
+from pretrain.errors import ConfigError, DataError
 
 WORDS = "the quick brown fox jumps over a lazy dog while 12 + 34 = 46;\n    return value\n\n"
 
@@ -34,8 +42,8 @@ def command_config(folder: Path, **tokenizer: object) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tokenizer_folder: str) -> Tokenizer:
-    return Tokenizer.load(tokenizer_folder)
+def tokenizer(tokenizer_folder: str) -> SentencePieceTokenizer:
+    return cast(SentencePieceTokenizer, Tokenizer.load(tokenizer_folder))
 
 
 any_text = st.text(st.characters(codec="utf-8")) | st.text(" \u2581\n\t\r\0a1<|>_")
@@ -48,7 +56,7 @@ any_text = st.text(st.characters(codec="utf-8")) | st.text(" \u2581\n\t\r\0a1<|>
 @example("<s></s><unk><0x41>\u2585\u2047")
 @example("naïve 日本語 \U0001f916\u200d A\u030a ﬁ")
 @settings(max_examples=500, deadline=None)
-def test_any_text_comes_back_exactly(tokenizer: Tokenizer, text: str) -> None:
+def test_any_text_comes_back_exactly(tokenizer: SentencePieceTokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
@@ -58,44 +66,44 @@ def test_any_text_comes_back_exactly(tokenizer: Tokenizer, text: str) -> None:
 @given(st.lists(any_text, max_size=5), st.integers(1, 40))
 @settings(max_examples=200, deadline=None)
 def test_a_batch_is_encoded_like_its_texts(
-    tokenizer: Tokenizer, texts: list[str], chunk: int
+    tokenizer: SentencePieceTokenizer, texts: list[str], chunk: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer_module, "CHUNK_CHARACTERS", chunk)
+        patch.setattr(tokenizer_sentencepiece, "CHUNK_CHARACTERS", chunk)
         one_by_one = [tokenizer.encode(text) for text in texts]
         assert tokenizer.encode_batch(texts, threads=2) == one_by_one
         assert [tokenizer.decode(ids) for ids in one_by_one] == texts
 
 
-def test_long_texts_are_cut_after_line_breaks(tokenizer: Tokenizer) -> None:
+def test_long_texts_are_cut_after_line_breaks(tokenizer: SentencePieceTokenizer) -> None:
     lines = [f"line {i} of a long text\n" for i in range(5000)]
     text = "".join(lines)
-    head = text[: text.rindex("\n", 0, tokenizer_module.CHUNK_CHARACTERS) + 1]
+    head = text[: text.rindex("\n", 0, tokenizer_sentencepiece.CHUNK_CHARACTERS) + 1]
     middle = text[len(head) :]
-    middle = middle[: middle.rindex("\n", 0, tokenizer_module.CHUNK_CHARACTERS) + 1]
+    middle = middle[: middle.rindex("\n", 0, tokenizer_sentencepiece.CHUNK_CHARACTERS) + 1]
     tail = text[len(head) + len(middle) :]
-    assert 0 < len(tail) < tokenizer_module.CHUNK_CHARACTERS
+    assert 0 < len(tail) < tokenizer_sentencepiece.CHUNK_CHARACTERS
     ids = tokenizer.encode(text)
     assert ids == [t for part in (head, middle, tail) for t in tokenizer.encode(part)]
     assert tokenizer.decode(ids) == text
-    unbroken = "x" * (2 * tokenizer_module.CHUNK_CHARACTERS + 1)
+    unbroken = "x" * (2 * tokenizer_sentencepiece.CHUNK_CHARACTERS + 1)
     assert tokenizer.decode(tokenizer.encode(unbroken)) == unbroken
 
 
-def test_text_that_spells_special_tokens_stays_text(tokenizer: Tokenizer) -> None:
+def test_text_that_spells_special_tokens_stays_text(tokenizer: SentencePieceTokenizer) -> None:
     for name in special_names():
         ids = tokenizer.encode(f"a{name}b")
         assert max(ids) < tokenizer.special.begin_text
         assert tokenizer.decode(ids) == f"a{name}b"
 
 
-def test_digits_stand_alone(tokenizer: Tokenizer) -> None:
+def test_digits_stand_alone(tokenizer: SentencePieceTokenizer) -> None:
     digits = [tokenizer.token_bytes(i) for i in tokenizer.encode("120712")]
     assert digits == [b"1", b"2", b"0", b"7", b"1", b"2"]
 
 
 def test_decoding_says_nothing_for_special_ids_and_mends_broken_bytes(
-    tokenizer: Tokenizer,
+    tokenizer: SentencePieceTokenizer,
 ) -> None:
     first_two = tokenizer.encode("\u2581")[:2]
     special = tokenizer.special
@@ -103,7 +111,7 @@ def test_decoding_says_nothing_for_special_ids_and_mends_broken_bytes(
     assert tokenizer.decode(ids) == "ab\ufffd"
 
 
-def test_a_lone_surrogate_is_refused(tokenizer: Tokenizer) -> None:
+def test_a_lone_surrogate_is_refused(tokenizer: SentencePieceTokenizer) -> None:
     for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch(["fine", text])):
         with pytest.raises(DataError, match=r"lone surrogate '\\ud800' at character 2"):
             encode("ab\ud800")
@@ -131,7 +139,7 @@ def test_the_model_file_has_the_special_tokens_for_any_reader(tokenizer_folder: 
 def test_pieces_hold_line_breaks_and_runs_of_spaces(tmp_path: Path) -> None:
     config = command_config(tmp_path)
     model, _ = train(config.tokenizer, config.data)
-    pieces = {Tokenizer(model).token_bytes(i) for i in range(400)}
+    pieces = {SentencePieceTokenizer(model).token_bytes(i) for i in range(400)}
     assert b";\n" in pieces or b"value\n\n" in pieces or b"\n\n" in pieces
     assert b"    " in pieces
 
@@ -157,7 +165,7 @@ def test_too_large_a_vocabulary_is_refused_with_the_largest_possible(tmp_path: P
     largest = int(str(error.value).split("at most ")[1].split(".")[0])
     config.tokenizer.vocabulary_size = largest
     model, _ = train(config.tokenizer, config.data)
-    assert Tokenizer(model).vocabulary_size == largest
+    assert SentencePieceTokenizer(model).vocabulary_size == largest
     config.tokenizer.vocabulary_size = largest + 1
     with pytest.raises(DataError, match=f"at most {largest}"):
         train(config.tokenizer, config.data)
@@ -169,6 +177,12 @@ def test_too_small_a_vocabulary_is_refused_with_the_least_possible(tmp_path: Pat
         train(config.tokenizer, config.data)
     config.tokenizer.vocabulary_size = int(str(error.value).split("need ")[1].split(".")[0])
     train(config.tokenizer, config.data)
+
+
+def test_a_vocabulary_without_room_for_bytes_is_refused(tmp_path: Path) -> None:
+    config = command_config(tmp_path, vocabulary_size=319)
+    with pytest.raises(ConfigError, match="vocabulary_size=319 leaves no room beside 256 bytes"):
+        train(config.tokenizer, config.data)
 
 
 def test_a_corpus_of_empty_documents_is_refused(tmp_path: Path) -> None:
@@ -223,7 +237,7 @@ def test_the_command_trains_once(tmp_path: Path, capsys: pytest.CaptureFixture[s
     main(config)
     assert "trained before" in capsys.readouterr().out
     assert (tmp_path / "tokenizer/tokenizer.model").stat().st_mtime_ns == stamp
-    assert Tokenizer.load(config.tokenizer.path).sha256 == Tokenizer(model).sha256
+    assert Tokenizer.load(config.tokenizer.path).sha256 == SentencePieceTokenizer(model).sha256
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
@@ -258,16 +272,16 @@ def test_a_missing_or_damaged_tokenizer_is_named(tmp_path: Path, tokenizer_folde
         Tokenizer.load(tmp_path / "missing")
     model = (Path(tokenizer_folder) / "tokenizer.model").read_bytes()
     folder = tmp_path / "copy"
-    write_folder(folder, model, {"settings": {}})
+    info = describe(SentencePieceTokenizer(model), SENTENCEPIECE)
+    write_folder(folder, {"tokenizer.model": model}, info)
     assert Tokenizer.load(folder).vocabulary_size == 512
     with pytest.raises(DataError, match=r"Cannot write the tokenizer to .*copy"):
-        write_folder(folder, model, {"settings": {}})
+        write_folder(folder, {"tokenizer.model": model}, info)
     (folder / "tokenizer.model").write_bytes(model[:-1] + b"?")
     with pytest.raises(DataError, match=r"has sha256 .*damaged or another one"):
         Tokenizer.load(folder)
-    info = json.loads((folder / "tokenizer_info.json").read_text())
     (folder / "tokenizer_info.json").write_text(json.dumps(info | {"format": 0}))
-    with pytest.raises(DataError, match="has format 0; this program reads 1"):
+    with pytest.raises(DataError, match="has format 0, kind sentencepiece; this program reads 1"):
         Tokenizer.load(folder)
     (folder / "tokenizer_info.json").write_text("{")
     with pytest.raises(DataError, match=r"tokenizer_info.json is damaged"):
@@ -281,4 +295,4 @@ def test_a_model_without_our_special_tokens_is_refused(tokenizer_folder: str) ->
     model.ParseFromString((Path(tokenizer_folder) / "tokenizer.model").read_bytes())
     del model.pieces[-1]
     with pytest.raises(DataError, match="last 32 pieces are not the special tokens"):
-        Tokenizer(model.SerializeToString())
+        SentencePieceTokenizer(model.SerializeToString())

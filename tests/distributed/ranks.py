@@ -18,12 +18,14 @@ from pretrain.model.init import initialize
 from pretrain.model.initial_state import initial_states
 from pretrain.model.recurrent import Output, RecurrentModel
 from pretrain.optim.build import build_optimizer
-from pretrain.optim.config import AdamWConfig
+from pretrain.optim.config import AdamWConfig, EllisAdamConfig
 from pretrain.testing import tiny_config, tiny_engine
 
 ROWS = 16
 STEPS = 3
 RATE = 0.01
+# below every gradient norm of the tiny model: clipping always acts
+CLIP = 0.1
 Case = dict[str, Any]
 Poison = Callable[[int, int, Tensor], Tensor]
 
@@ -40,8 +42,15 @@ def case_config(case: Case, ranks: int) -> TrainConfig:
             global_tokens=ROWS * 8, micro_rows=ROWS // (ranks * case.get("accumulation", 1))
         ),
     }
+    clip = {"gradient_clip": case.get("clip", CLIP)}
     if case.get("optimizer") == "adamw":
-        changes["optimizer"] = AdamWConfig(name="adamw", learning_rate=RATE, weight_decay=0.1)
+        changes["optimizer"] = AdamWConfig(
+            name="adamw", learning_rate=RATE, weight_decay=0.1, **clip
+        )
+    else:
+        changes["optimizer"] = EllisAdamConfig(
+            name="ellis-adam", learning_rate=RATE, weight_decay=0.01, **clip
+        )
     return tiny_config(**changes)
 
 
@@ -170,7 +179,8 @@ def oracle(case: Case) -> dict[str, Any]:
                 parameter.grad = None
         norm = float(torch.cat([g.flatten() for g in sums.values()]).double().norm())
         for name, master in masters.items():
-            master.grad = sums[name] * min(1.0, 1.0 / norm)
+            clip = config.optimizer.gradient_clip
+            master.grad = sums[name] * (min(1.0, clip / norm) if clip else 1.0)
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = RATE
         optimizer.step()
         with torch.no_grad():

@@ -29,7 +29,18 @@ MATRIX = [
         (4, 3, 1, False, "bf16"),
     ]
 ]
-MATRIX.append({"ranks": 2, "stage": 3, "accumulation": 4, "optimizer": "adamw"})
+# Without clipping and with it, accumulated or not, for both optimizers, at every stage.
+MATRIX += [
+    {"ranks": 1, "stage": 1, "accumulation": 1, "clip": 0.0},
+    {"ranks": 1, "stage": 2, "accumulation": 4, "clip": 0.0, "optimizer": "adamw"},
+    {"ranks": 1, "stage": 3, "accumulation": 1, "optimizer": "adamw"},
+    {"ranks": 2, "stage": 1, "accumulation": 4, "clip": 0.0, "optimizer": "adamw"},
+    {"ranks": 2, "stage": 2, "accumulation": 1, "clip": 0.0},
+    {"ranks": 2, "stage": 3, "accumulation": 4, "optimizer": "adamw"},
+    {"ranks": 4, "stage": 1, "accumulation": 1, "optimizer": "adamw"},
+    {"ranks": 4, "stage": 2, "accumulation": 1, "clip": 0.0, "optimizer": "adamw"},
+    {"ranks": 4, "stage": 3, "accumulation": 4, "clip": 0.0},
+]
 POISONED = [
     {"stage": 1, "accumulation": 4},
     {"stage": 2, "accumulation": 4},
@@ -133,6 +144,7 @@ def test_every_setting_equals_one_plain_process(found: Found, case: dict[str, An
         tight = step == 0
         assert ours[0] == pytest.approx(theirs[0], rel=1e-6 if tight else loss_tolerance)
         assert ours[1] == pytest.approx(theirs[1], rel=1e-5 if tight else norm_tolerance)
+    assert min(result[1] for result in got["results"]) > ranks_module.CLIP
     last = {key: value for key, value in got["last"].items() if key.startswith("master/")}
     moved = torch.cat([last[key] - expected["start"][key] for key in last])
     apart = torch.cat([last[key] - expected["last"][key] for key in last])

@@ -16,6 +16,7 @@ def test_counters_survive_a_checkpoint() -> None:
 def test_its_own_data_and_tokenizer_are_accepted_and_others_named() -> None:
     check_same_data(SAVED, "a" * 64, "shards")
     check_same_tokenizer(SAVED, "b" * 64, "tokenizer")
+    check_same_data({"tokenizer_sha256": "b" * 64}, "c" * 64, "an adopted run has read none yet")
     with pytest.raises(DataError, match="data aaaaaaaaaaaa, but shards holds cccccccccccc"):
         check_same_data(SAVED, "c" * 64, "shards")
     with pytest.raises(DataError, match="tokenizer bbbbbbbbbbbb, but out/t holds cccccccccccc"):

@@ -1,6 +1,7 @@
 """Attention against its definition."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,25 @@ def naive(q, k, v, allowed):
     return torch.einsum("bhts,bshk->bthk", scores.softmax(-1), v)
 
 
+def check(queries, mask, allowed, keys=None):
+    """Values and gradients of the queries over six keys against the definition."""
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (
+        torch.randn(ROWS, tokens, HEADS, WIDTH, generator=generator, dtype=torch.float64)
+        for tokens in (queries, 6, 6)
+    )
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    layout = Layout.at(torch.arange(queries).expand(ROWS, -1), mask, head_width=WIDTH, base=10.0)
+    found = attend(q, k, v, replace(layout, keys=keys))
+    expected = naive(q, k, v, allowed)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0.0)
+    upstream = torch.randn(found.shape, generator=generator, dtype=torch.float64)
+    ours = torch.autograd.grad(found, inputs, upstream)
+    theirs = torch.autograd.grad(expected, inputs, upstream)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=0.0)
+
+
 @pytest.mark.parametrize(
     "mask",
     [
@@ -26,17 +46,7 @@ def naive(q, k, v, allowed):
     ],
     ids=["causal", "documents", "prefix"],
 )
-@pytest.mark.parametrize("queries", [6, 2, 1])
-def test_values_and_gradients_equal_the_definition(mask, queries):
-    generator = torch.Generator().manual_seed(1)
-    q, k, v = (
-        torch.randn(ROWS, tokens, HEADS, WIDTH, generator=generator, dtype=torch.float64)
-        for tokens in (queries, 6, 6)
-    )
-    inputs = [x.requires_grad_() for x in (q, k, v)]
-    layout = Layout.at(torch.arange(6).expand(ROWS, 6), mask, head_width=WIDTH, base=10.0)
-    layout = layout if queries == 6 else Layout(layout.cos_BTP[:, -queries:], layout.sin_BTP, mask)
-    found = attend(q, k, v, layout)
+def test_values_and_gradients_equal_the_definition(mask):
     index = torch.arange(6)
     allowed = torch.zeros(ROWS, 1, 6, 6, dtype=torch.bool)
     for row in range(ROWS):
@@ -46,10 +56,14 @@ def test_values_and_gradients_equal_the_definition(mask, queries):
         if mask.segments_BT is not None:
             seen = seen & (mask.segments_BT[row][None] == mask.segments_BT[row][:, None])
         allowed[row, 0] = seen
-    expected = naive(q, k, v, allowed[:, :, 6 - queries :])
-    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0.0)
-    upstream = torch.randn(found.shape, generator=generator, dtype=torch.float64)
-    ours = torch.autograd.grad(found, inputs, upstream)
-    theirs = torch.autograd.grad(expected, inputs, upstream)
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-12, rtol=0.0)
+    check(6, mask, allowed)
+
+
+def test_a_last_token_sees_every_key():
+    check(1, Mask(), torch.ones(ROWS, 1, 1, 6, dtype=torch.bool), keys=6)
+
+
+def test_queries_behind_cached_keys_see_up_to_their_own_positions():
+    positions = torch.tensor([[4, 5], [1, 2]])
+    allowed = torch.arange(6) <= positions[:, None, :, None]
+    check(2, Mask(positions_BT=positions), allowed, keys=6)

@@ -43,7 +43,7 @@ def gradients_of(model: RecurrentModel) -> dict[str, Tensor]:
 
 def plain_run(model: RecurrentModel, depth: Depth, tokens: Tensor, state: Tensor) -> Tensor:
     """One row, written out: the definition that the loop is compared with. Returns logits."""
-    layout = model._layout(tokens, None, None, None)
+    layout = model._layout(tokens, None, None)
     embedded = model.embedding(tokens)
     for layer in model.prelude:
         embedded = layer(embedded, layout)
@@ -52,7 +52,7 @@ def plain_run(model: RecurrentModel, depth: Depth, tokens: Tensor, state: Tensor
             state = model.core.iteration(state, embedded, layout)
     for _ in range(depth.with_grad):
         state = model.core.iteration(state, embedded, layout)
-    _, hidden = model._decode(state, layout)
+    _, hidden = model.decode(state, layout)
     return model.embedding(None, hidden)
 
 
@@ -104,7 +104,7 @@ def test_no_row_gets_gradient_before_its_suffix(make_model):
     embedded = torch.randn(2, TOKENS, 16, dtype=torch.float64, requires_grad=True)
     tokens, _, start = batch(2)
     start.requires_grad_()
-    layout = model._layout(tokens, None, None, None)
+    layout = model._layout(tokens, None, None)
     state, _ = model.core(embedded, start, depths=[Depth(2, 0), Depth(0, 3)], layout=layout)
     state.square().sum().backward()
     assert not embedded.grad[0].any()

@@ -1,4 +1,4 @@
-"""Generation equals reading the whole text again for every token, and sampling follows its law."""
+"""Generation equals reading the whole text again for every token, whatever the depths."""
 
 import math
 
@@ -6,23 +6,30 @@ import pytest
 import torch
 
 from pretrain.errors import ConfigError
+from pretrain.model.decoding import Decoding, Exit, StateStart
 from pretrain.model.depth import Depth
-from pretrain.model.generation import (
-    Decoder,
-    Decoding,
-    StateStart,
-    collect,
-    generate,
-    generate_rows,
-    sample,
-)
+from pretrain.model.generation import Decoder, collect, generate, generate_rows
 from pretrain.model.initial_state import initial_states
-
-PROMPTS = [[3, 1, 4, 1], [5, 9, 2, 6]]
+from text_oracle import PROMPTS, UNEVEN, count_core_tokens, naive_logits
 
 
 def run(model, prompts, **options: object) -> list[list[int]]:
     return collect(generate_rows(model, prompts, Decoding(**options)))
+
+
+def run_steps(model, prompts, **options: object) -> tuple[list[list[int]], list[list[int]]]:
+    """New tokens and the iterations that chose each, by row."""
+    found = list(generate_rows(model, prompts, Decoding(**options)))
+    rows = zip(*found, strict=True)
+    return collect(found), [[each.steps for each in row if each is not None] for row in rows]
+
+
+def check_tokens(model, prompts, rows, steps):
+    """Every token is the likeliest after the ones before, each at the depth it was read with."""
+    for prompt, new, chosen_by in zip(prompts, rows, steps, strict=True):
+        depths = [chosen_by[0]] * len(prompt) + chosen_by[1:]
+        logits = naive_logits(model, [*prompt, *new[:-1]], depths)
+        assert logits[len(prompt) - 1 :].argmax(-1).tolist() == new
 
 
 def test_cached_decoding_equals_recomputation(make_model):
@@ -30,7 +37,7 @@ def test_cached_decoding_equals_recomputation(make_model):
     text = torch.tensor([[3, 1, 4, 1, 5, 9, 2], [2, 7, 1, 8, 2, 8, 1]])
     state = initial_states(range(2), seed=4, context=7, width=16)
     whole = model(text, [Depth(3, 0)] * 2, initial_state=state).logits
-    decoder = Decoder(model, num_steps=3, capacity=7, seed=4)
+    decoder = Decoder(model, Decoding(num_steps=3, max_new_tokens=1, seed=4), rows=2, capacity=7)
     # A prompt, a chunk of several tokens, single tokens.
     for start, stop in ((0, 3), (3, 5), (5, 6), (6, 7)):
         found = decoder.read(text[:, start:stop])
@@ -72,7 +79,10 @@ def test_every_token_has_a_draw_of_its_own(make_model):
 
 def test_the_start_of_the_state_matters(make_model):
     model = make_model()
-    decoders = [Decoder(model, num_steps=2, capacity=5, start=start) for start in StateStart]
+    decoders = [
+        Decoder(model, Decoding(num_steps=2, max_new_tokens=1, start=start), rows=2, capacity=5)
+        for start in StateStart
+    ]
     first = [decoder.read(torch.tensor(PROMPTS)) for decoder in decoders]
     random, zeros, warm = (decoder.read(torch.tensor([[1], [1]])) for decoder in decoders)
     assert torch.equal(first[1], first[2])
@@ -97,50 +107,140 @@ def test_one_prompt_streams_its_row(make_model):
     model = make_model()
     options = {"num_steps": 2, "max_new_tokens": 6, "temperature": 0.8, "top_k": 9, "seed": 2}
     (row,) = run(model, PROMPTS[:1], **options)
-    assert list(generate(model, PROMPTS[0], **options)) == row
+    assert [token for token, _ in generate(model, PROMPTS[0], Decoding(**options))] == row
     assert len(row) == 6
-    with pytest.raises(ConfigError, match="top_k=0"):
-        generate(model, PROMPTS[0], **{**options, "top_k": 0})
 
 
-# Probabilities 0.5, 0.3, 0.15, 0.05, not in order of id.
-LOGITS = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log()
+@pytest.mark.parametrize("start", list(StateStart))
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_depends_neither_on_the_other_prompts_nor_on_their_lengths(
+    make_model, start, temperature
+):
+    model = make_model()
+    options = {"num_steps": 3, "max_new_tokens": 6, "start": start, "temperature": temperature}
+    batch = run(model, UNEVEN, **options)
+    for row, prompt in enumerate(UNEVEN):
+        # At its own place among prompts of its own length: even rows take another path.
+        others = [prompt[:1] * len(prompt)] * len(UNEVEN)
+        others[row] = prompt
+        assert run(model, others, **options)[row] == batch[row]
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({}, [0.15, 0.5, 0.05, 0.3]),
-        ({"top_k": 2}, [0.0, 0.625, 0.0, 0.375]),
-        ({"top_k": 9}, [0.15, 0.5, 0.05, 0.3]),
-        ({"top_p": 0.6}, [0.0, 0.625, 0.0, 0.375]),
-        ({"top_p": 0.01}, [0.0, 1.0, 0.0, 0.0]),
-        ({"top_p": 1.0}, [0.15, 0.5, 0.05, 0.3]),
-        # Of the three kept, renormalised to 0.526, 0.316, 0.158, two reach 0.8.
-        ({"top_k": 3, "top_p": 0.8}, [0.0, 0.625, 0.0, 0.375]),
-        # Squared and renormalised.
-        ({"temperature": 0.5}, [0.0225 / 0.365, 0.25 / 0.365, 0.0025 / 0.365, 0.09 / 0.365]),
-    ],
-)
-def test_samples_follow_the_filtered_distribution(options, expected):
-    draws = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
-    tokens = sample(LOGITS.expand(10_000, 4), draws, **{"temperature": 1.0, **options})
-    found = tokens.bincount(minlength=4) / 10_000
-    # Evenly spaced draws invert the CDF to within one draw at each edge.
-    torch.testing.assert_close(found, torch.tensor(expected), atol=2e-4, rtol=0.0)
+def test_prompts_of_unequal_length_are_each_continued_greedily(make_model):
+    model = make_model()
+    rows, steps = run_steps(model, UNEVEN, num_steps=3, max_new_tokens=6, start=StateStart.zeros)
+    assert steps == [[3] * 6] * len(UNEVEN)
+    check_tokens(model, UNEVEN, rows, steps)
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, UNEVEN])
+def test_every_token_may_have_a_depth_of_its_own(make_model, prompts):
+    model = make_model()
+    # Deeper than the prompt, shallower, and as deep: later ones see the deepest entry there is.
+    rows, steps = run_steps(
+        model,
+        prompts,
+        num_steps=3,
+        schedule=(6, 1, 4, 2),
+        max_new_tokens=7,
+        start=StateStart.zeros,
+    )
+    assert steps == [[3, 6, 1, 4, 2, 3, 3]] * len(prompts)
+    check_tokens(model, prompts, rows, steps)
+
+
+# Thresholds between the values that occur, so that tokens leave at different iterations.
+THRESHOLDS = {
+    Exit.kl: 1e-3,
+    Exit.minp_kl: 1e-3,
+    Exit.entropy_diff: 1e-3,
+    Exit.latent_diff: 0.1,
+    Exit.cosine: 0.005,
+    Exit.argmax_stability: 2,
+}
+
+
+@pytest.mark.parametrize("exit", list(THRESHOLDS))
+def test_rows_leave_on_their_own_and_cost_nothing_afterwards(make_model, exit):
+    model = make_model()
+    options = {
+        "num_steps": 12,
+        "max_new_tokens": 6,
+        "exit": exit,
+        "exit_threshold": THRESHOLDS[exit],
+        "start": StateStart.zeros,
+    }
+    with count_core_tokens(model) as counted:
+        rows, steps = run_steps(model, UNEVEN, **options)
+    # Tokens of the batch, padding of the prompts included, times their iterations.
+    prompt_work = 12 * len(UNEVEN) * max(map(len, UNEVEN))
+    assert sum(counted) == prompt_work + sum(sum(row[1:]) for row in steps)
+    assert any(len(set(column)) > 1 for column in zip(*steps, strict=True))
+    check_tokens(model, UNEVEN, rows, steps)
+    for row, prompt in enumerate(UNEVEN):
+        alone, alone_steps = run_steps(model, [prompt], **options)
+        assert (alone[0], alone_steps[0]) == (rows[row], steps[row])
+
+
+def test_the_warm_start_of_a_row_that_left_is_its_own_last_latent(make_model):
+    model = make_model()
+    options = {
+        "num_steps": 12,
+        "max_new_tokens": 6,
+        "exit": Exit.latent_diff,
+        "exit_threshold": 0.1,
+        "start": StateStart.warm,
+    }
+    rows, steps = run_steps(model, UNEVEN, **options)
+    assert len({tuple(row) for row in steps}) > 1
+    for row, prompt in enumerate(UNEVEN):
+        alone, alone_steps = run_steps(model, [prompt], **options)
+        assert (alone[0], alone_steps[0]) == (rows[row], steps[row])
+
+
+def test_tokens_leave_at_checks_from_min_steps_on_only(make_model):
+    model = make_model()
+    options = {"num_steps": 11, "max_new_tokens": 8, "exit": Exit.kl, "exit_threshold": 100.0}
+    assert run_steps(model, PROMPTS, **options)[1] == [[11] + [1] * 7] * 2
+    for min_steps, check_every, expected in ((4, 1, 4), (4, 3, 6), (1, 4, 4), (9, 4, 11)):
+        _, steps = run_steps(
+            model, PROMPTS, **options, min_steps=min_steps, check_every=check_every
+        )
+        assert {step for row in steps for step in row[1:]} == {expected}
+
+
+def test_rows_that_have_ended_cost_nothing(make_model):
+    model = make_model()
+    options = {"num_steps": 3, "max_new_tokens": 8, "start": StateStart.zeros}
+    free = run(model, UNEVEN, **options)
+    stops = [free[0][1], free[2][4]]
+    with count_core_tokens(model) as counted:
+        rows = run(model, UNEVEN, stop_ids=stops, **options)
+    for whole, cut in zip(free, rows, strict=True):
+        ends = [at for at, token in enumerate(whole) if token in stops]
+        assert cut == whole[: ends[0] + 1 if ends else None]
+    assert len({len(row) for row in rows}) > 1
+    # The last token of a row is not read, whether it is a stop id or the last allowed.
+    read = len(UNEVEN) * max(map(len, UNEVEN)) + sum(len(row) - 1 for row in rows)
+    assert sum(counted) == 3 * read
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompts": [[1], [1, 2]]}, "all of one length"),
         ({"prompts": []}, "at least one prompt"),
         ({"prompts": [[]]}, "none empty"),
         ({"prompts": [[1, 32]]}, "vocabulary of 32"),
         ({"prompts": [[-1]]}, "vocabulary of 32"),
+        ({"prompts": [[1], [1] * 15]}, "15 prompt tokens .* = 17 exceed"),
         ({"max_new_tokens": 13}, "= 17 exceed model.context=16"),
         ({"max_new_tokens": 0}, "at least 1"),
-        ({"num_steps": 0}, "at least 1"),
+        ({"num_steps": 0}, "num_steps=0 must be at least 1"),
+        ({"num_steps": -3}, "num_steps=-3 must be at least 1"),
+        ({"schedule": (2, 0), "max_new_tokens": 3}, r"schedule=\[2, 0\]"),
+        ({"schedule": (2, 3)}, "only the first 1 of max_new_tokens=2"),
+        ({"cache_iterations": 0}, "cache_iterations=0"),
+        ({"draft_steps": 1}, "use speculate_rows"),
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"temperature": math.nan}, "temperature=nan"),
         ({"top_k": 0}, "top_k=0"),

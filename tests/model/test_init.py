@@ -9,8 +9,9 @@ import torch
 import yaml
 
 from pretrain.model.config import ModelConfig
-from pretrain.model.init import initialize
+from pretrain.model.init import initial_values, initialize
 from pretrain.model.recurrent import RecurrentModel
+from pretrain.optim.groups import parameter_groups
 
 PRESETS = Path(__file__).parents[2] / "conf" / "model"
 
@@ -125,6 +126,50 @@ def test_the_published_model_has_its_parameters():
     assert count("huginn-3.5b", lambda model: model.embedding) == 346_030_080
     adapter = count("huginn-3.5b", lambda model: model.core) - 1_581_592_320
     assert adapter == 55_756_800
+
+
+@pytest.fixture(scope="module")
+def published() -> RecurrentModel:
+    values = yaml.safe_load((PRESETS / "huginn-3.5b.yaml").read_text())
+    with torch.device("meta"):
+        return RecurrentModel(ModelConfig(**values))
+
+
+def test_every_tensor_of_the_published_model_begins_as_published(published):
+    """The table of the study of the published code, at a slice from the end of each tensor."""
+    sigmas = {"weight": 0.00870388, "qkv": 0.00870388, "gate_up": 0.00870388, "adapter": 0.00870388}
+    sigmas |= {"output": 0.000535687, "down": 0.000535687}
+    slice_elements = 40_000
+    checked = 0
+    for name, parameter in published.named_parameters():
+        elements = range(
+            parameter.numel() - min(slice_elements, parameter.numel()), parameter.numel()
+        )
+        values = initial_values(published, name, elements, mean_depth=32, seed=0).double()
+        kind = name.rsplit(".", 1)[-1]
+        if kind in ("gain", "qk_bias"):
+            assert (values == (1.0 if kind == "gain" else 0.0)).all(), name
+            continue
+        checked += 1
+        scaled = values / sigmas[kind]
+        # 4 standard errors, and the table's six digits
+        assert abs(scaled.std() / 0.98658 - 1) < 4 / math.sqrt(2 * slice_elements) + 1e-5, name
+        assert abs(scaled.mean()) < 4 / math.sqrt(slice_elements), name
+        # One of 40,000 beyond 2.9 is missing with probability exp(-40).
+        assert 2.9 < scaled.abs().max() <= 3.0001, name
+    assert checked == 8 * 4 + 2
+
+
+def test_a_slice_is_what_the_whole_tensor_holds_there(model):
+    name = "core.iteration.layers.2.mlp.down"
+    part = initial_values(model, name, range(1000, 1100), mean_depth=32, seed=1)
+    assert torch.equal(part, model.get_parameter(name).detach().view(-1)[1000:1100])
+
+
+def test_undecayed_parameters_of_the_published_model_are_counted(published):
+    decayed, undecayed = parameter_groups(published.named_parameters(), weight_decay=1.0)
+    assert sum(p.numel() for p in undecayed["params"]) == 258_720
+    assert sum(p.numel() for p in decayed["params"]) == 3_564_976_800 - 258_720
 
 
 def test_the_middle_preset_is_what_its_name_says():

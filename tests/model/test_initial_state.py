@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pretrain.errors import ConfigError
-from pretrain.model.initial_state import initial_states
+from pretrain.model.initial_state import initial_states, state_keys, states_at
 
 
 def test_a_row_starts_the_same_in_every_batch():
@@ -66,3 +66,13 @@ def test_it_costs_little_beside_a_training_step():
         initial_states([row], seed=0, context=256, width=128)
         times.append(time.perf_counter() - start)
     assert min(times) < 5e-3
+
+
+def test_tokens_at_positions_of_their_own_get_the_states_of_their_rows():
+    rows, positions = [5, 0, 7], [[0, 1], [9, 10], [3, 4]]
+    keys = state_keys(rows, seed=3, context=11, width=6, device=torch.device("cpu"))
+    found = states_at(torch.tensor(positions), keys, width=6, sigma=0.25)
+    whole = initial_states(rows, seed=3, context=11, width=6, sigma=0.25)
+    assert torch.equal(found, torch.stack([whole[row, at] for row, at in enumerate(positions)]))
+    with pytest.raises(ConfigError, match="exceeds the 2"):
+        state_keys(rows, seed=3, context=2**20, width=2**11, device=torch.device("cpu"))

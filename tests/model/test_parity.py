@@ -111,19 +111,20 @@ def test_warm_started_tokens_agree(golden):
     assert decode(golden, start=StateStart.warm) == tokens
 
 
-@pytest.mark.parametrize(("slots", "shared_iterations"), [(4, 1), (8, 2)])
-def test_tokens_with_a_shared_cache_agree(golden, slots, shared_iterations):
+@pytest.mark.parametrize(("slots", "cache_iterations"), [(4, 1), (8, 2)])
+def test_tokens_with_a_shared_cache_agree(golden, slots, cache_iterations):
     if golden.model.config.core_layers != 4:
         assert f"gen.tokens.compress-s{slots}" not in golden.values
         return
     tokens = golden.values[f"gen.tokens.compress-s{slots}"][0].tolist()
-    found = decode(golden, start=StateStart.zeros, shared_iterations=shared_iterations)
+    found = decode(golden, start=StateStart.zeros, cache_iterations=cache_iterations)
     assert found == tokens
 
 
 def test_step_logits_agree(golden):
     tokens = golden.values["gen.tokens"]
-    decoder = Decoder(golden.model, num_steps=4, capacity=18, start=StateStart.zeros)
+    options = Decoding(num_steps=4, max_new_tokens=12, start=StateStart.zeros)
+    decoder = Decoder(golden.model, options, rows=1, capacity=18)
     logits = [decoder.read(tokens[:, :6])]
     logits += [decoder.read(tokens[:, index : index + 1]) for index in range(6, 17)]
     assert_close(torch.cat(logits), golden.values["gen.step_logits"])

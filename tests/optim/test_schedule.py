@@ -1,6 +1,7 @@
 import pytest
 
-from pretrain.optim.config import ScheduleConfig
+from pretrain.errors import ConfigError
+from pretrain.optim.config import CooldownShape, ScheduleConfig
 from pretrain.optim.schedule import learning_rate
 
 STEP = 10
@@ -26,6 +27,27 @@ def test_equals_the_reference_in_the_rise() -> None:
     # The reference counts steps from 1: rate = peak * step / warmup steps.
     ours = rates(9, warmup=8 * STEP, cooldown=0)
     assert ours[:8] == pytest.approx([2.0 * step / 8 for step in range(1, 9)])
+
+
+def test_one_minus_sqrt_falls_fast_then_slowly() -> None:
+    config = ScheduleConfig(
+        warmup_tokens=0,
+        cooldown_tokens=4 * STEP,
+        cooldown_shape=CooldownShape.one_minus_sqrt,
+    )
+    got = [
+        learning_rate(i * STEP, step_tokens=STEP, total_tokens=80, peak=2.0, config=config)
+        for i in range(8)
+    ]
+    # 1 - sqrt(x) at x = 0, 1/4, 1/2, 3/4 of the cool-down
+    assert got == pytest.approx([2, 2, 2, 2, 2, 1, 2 - 2 * 0.5**0.5, 2 - 2 * 0.75**0.5])
+
+
+def test_a_shape_without_a_cooldown_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cooldown_shape=one_minus_sqrt would do nothing"):
+        ScheduleConfig(
+            warmup_tokens=0, cooldown_tokens=0, cooldown_shape=CooldownShape.one_minus_sqrt
+        )
 
 
 def test_no_step_of_the_run_has_rate_zero() -> None:
