@@ -64,7 +64,7 @@ ON_GPU = Plan(
     depths=(4, 8, 16, 32, 64),
     prompt_tokens=128,
     new_tokens=96,
-    seconds=2.5,
+    seconds=1.5,
     changes={},
 )
 ON_CPU = replace(
