@@ -8,13 +8,13 @@ active set is a contiguous slice, and the work is the sum of depths.
 # B rows  T tokens  D width  A active rows, a prefix of the sorted batch
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.errors import ConfigError
 from pretrain.model.block import make_block
 from pretrain.model.cache import Span
 from pretrain.model.config import Injection, ModelConfig
@@ -76,30 +76,53 @@ class RecurrentCore(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The state of each row after its own depth, and those after `keep` iterations.
 
-        `keep` (0 is the start) needs one depth for all rows, else ConfigError.
+        0 is the start; a row whose depth is smaller has its last state.
         """
         order = sorted(range(len(depths)), key=lambda row: -depths[row].total)
         depths = [depths[row] for row in order]
-        if keep and depths[0].total != depths[-1].total:
-            raise ConfigError(
-                f"states by iteration need one depth for all rows, not "
-                f"{depths[-1].total} to {depths[0].total}; run the rows by themselves."
-            )
         if is_mixed := order != sorted(order):
             index_B = torch.tensor(order, device=state_BTD.device)
             embedded_BTD, state_BTD = embedded_BTD[index_B], state_BTD[index_B]
             layout = layout.rows(index_B)
-        kept = {0: state_BTD}
+        kept = _Kept(state_BTD, depths, keep)
         loop = _Loop(self.iteration, embedded_BTD, state_BTD, layout, depths)
         for iterations_left in range(depths[0].total, 0, -1):
-            done = depths[0].total - iterations_left
             loop.advance(iterations_left, checkpoint_activations)
-            if done + 1 in keep:
-                kept[done + 1] = loop.state_ATD
-        state_BTD = loop.cut(iterations_left=0)
+            kept.see(depths[0].total - iterations_left + 1, loop.state_ATD)
+        states = (loop.cut(iterations_left=0), *(kept.after(iterations) for iterations in keep))
         if is_mixed:
-            state_BTD = state_BTD[torch.argsort(index_B)]
-        return state_BTD, tuple(kept[iterations] for iterations in keep)
+            back_B = torch.argsort(index_B)
+            states = tuple(state_BTD[back_B] for state_BTD in states)
+        return states[0], states[1:]
+
+
+class _Kept:
+    """The states after some iterations, of rows that are sorted deepest first and end together."""
+
+    def __init__(self, start_BTD: Tensor, depths: Sequence[Depth], keep: Sequence[int]) -> None:
+        self.start_BTD = start_BTD
+        self.totals = [depth.total for depth in depths]
+        wanted = {self._time(total, number) for total in self.totals for number in keep}
+        self.seen: dict[int, Tensor | None] = dict.fromkeys(wanted)
+
+    def see(self, time: int, state_ATD: Tensor) -> None:
+        """Remember the active rows after `time` iterations of the deepest one, if needed."""
+        if time in self.seen:
+            self.seen[time] = state_ATD
+
+    def after(self, iterations: int) -> Tensor:
+        """Each row after so many iterations of its own, or its last state: [B, T, D]."""
+        times = [self._time(total, iterations) for total in self.totals]
+        if iterations == 0:
+            return self.start_BTD
+        states = [self.seen[time] for time in times]
+        assert all(state is not None for state in states)
+        if len(set(self.totals)) == 1:
+            return cast(Tensor, states[0])
+        return torch.stack([cast(Tensor, state)[row] for row, state in enumerate(states)])
+
+    def _time(self, total: int, iterations: int) -> int:
+        return self.totals[0] - total + min(iterations, total)
 
 
 class _Loop:

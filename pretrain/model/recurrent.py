@@ -43,7 +43,7 @@ class Output(NamedTuple):
     num_labels: Tensor | None = None
     """Sum of weights over the labels that count: float32 scalar."""
     states: tuple[Tensor, ...] | None = None
-    """s_0 .. s_r, [B, T, D] each."""
+    """s_0 .. s_r of the deepest row, [B, T, D] each; a row that ended before has its last."""
     state: Tensor | None = None
     """s_r of every row, after its own depth r, before any norm: [B, T, D]."""
     latent: Tensor | None = None
@@ -104,7 +104,7 @@ class RecurrentModel(nn.Module):
         embedded_BTD = self.embed(tokens, layout)
         keep = sorted({*(evaluate_depths or ()), *_last_two(diagnose_depth)})
         if return_states:
-            keep = list(range(depths[0].total + 1))
+            keep = list(range(max(depth.total for depth in depths) + 1))
         state_BTD, kept = self.core(
             embedded_BTD,
             initial_state.to(embedded_BTD.dtype),
@@ -269,12 +269,12 @@ def _check(
         if diagnose_depth is not None:
             raise ConfigError(f"diagnose_depth={diagnose_depth} needs evaluate_depths.")
         return
-    deepest = max(depth.total for depth in depths)
+    shallowest = min(depth.total for depth in depths)
     if labels_BT is None or not evaluate_depths:
         raise ConfigError("evaluate_depths needs labels and at least one depth.")
     asked = [*evaluate_depths, *_last_two(diagnose_depth)[1:]]
-    if min(asked) < 1 or max(asked) > deepest:
+    if min(asked) < 1 or max(asked) > shallowest:
         raise ConfigError(
             f"evaluate_depths={list(evaluate_depths)} and diagnose_depth={diagnose_depth} must lie "
-            f"within 1 and {deepest}, the depth that the rows are run to."
+            f"within 1 and {shallowest}, the depth that all rows are run to."
         )

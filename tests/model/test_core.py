@@ -149,11 +149,26 @@ def test_checkpointing_recomputes_each_gradient_iteration_once(make_model):
     assert len(calls) == 2 + 3 + 3
 
 
-def test_states_need_one_depth(make_model):
+def test_states_of_rows_that_end_early_are_their_last(make_model):
     model = make_model()
-    tokens, _, state = batch(2)
-    with pytest.raises(ConfigError, match="one depth for all rows, not 1 to 2"):
-        model(tokens, [Depth(0, 1), Depth(1, 1)], initial_state=state, return_states=True)
+    tokens, _, state = batch(4)
+    depths = [Depth(0, 1), Depth(3, 2), Depth(1, 2), Depth(2, 3)]
+    together = model(tokens, depths, initial_state=state, return_states=True).states
+    assert len(together) == 6
+    for row, depth in enumerate(depths):
+        one = slice(row, row + 1)
+        alone = model(tokens[one], [depth], initial_state=state[one], return_states=True).states
+        for iterations, states in enumerate(together):
+            own = alone[min(iterations, depth.total)]
+            torch.testing.assert_close(states[one], own, atol=1e-12, rtol=0.0)
+
+
+def test_a_depth_beyond_the_shallowest_row_is_not_evaluated(make_model):
+    model = make_model()
+    tokens, labels, state = batch(2)
+    depths = [Depth(0, 1), Depth(1, 1)]
+    with pytest.raises(ConfigError, match=r"evaluate_depths=\[2\] .* within 1 and 1"):
+        model(tokens, depths, initial_state=state, labels=labels, evaluate_depths=[2])
 
 
 def test_the_whole_recurrence_is_one_module(make_model):
