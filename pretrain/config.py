@@ -15,6 +15,7 @@ from pretrain.loop.config import (
     RunConfig,
     ValidationConfig,
 )
+from pretrain.loop.guard_config import GuardConfig
 from pretrain.model.config import DepthConfig, ModelConfig
 from pretrain.optim.config import OptimizerConfig, ScheduleConfig
 
@@ -62,6 +63,7 @@ class TrainConfig:
     engine: EngineConfig
     checkpoint: CheckpointConfig
     validation: ValidationConfig
+    guards: GuardConfig
     logging: LoggingConfig
     cluster: ClusterConfig
 

@@ -30,6 +30,7 @@ from pretrain.loop.config import (
     ValidationConfig,
     WandbMode,
 )
+from pretrain.loop.guard_config import GuardConfig
 from pretrain.model.config import DepthConfig, Law, ModelConfig
 from pretrain.optim.config import EllisAdamConfig, ScheduleConfig
 
@@ -209,6 +210,7 @@ def tiny_config(**changes: Any) -> TrainConfig:
         "engine": tiny_engine(),
         "checkpoint": CheckpointConfig(every_steps=2),
         "validation": ValidationConfig(every_steps=2, rows=4, depths=[1, 4]),
+        "guards": GuardConfig(),
         "logging": LoggingConfig(wandb=WandbMode.disabled),
         "cluster": ClusterConfig(
             nodes=1, gpus_per_node=1, gpu_memory_bytes=1 << 34, gpu_flops=1e12, utilization=0.5
