@@ -92,7 +92,7 @@ def main(config: AdoptConfig) -> None:
 def _write(config: AdoptConfig, target: Path) -> None:
     # `pretrain adopt --help` and a wrong override need no torch
     from pretrain.data.tokenizer_adopted import adopt_tokenizer
-    from pretrain.engine.checkpoint import write_first_checkpoint
+    from pretrain.engine.saving import write_first_checkpoint
     from pretrain.loop.state import TrainState
     from pretrain.model.huggingface.moments import read_moments
     from pretrain.model.huggingface.weights import load_pretrained

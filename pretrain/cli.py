@@ -33,6 +33,7 @@ COMMANDS = (
     Command("train", "train", "train, or resume the run folder"),
     Command("evaluate", "evaluate", "held-out loss at several depths"),
     Command("generate", "generate", "continue a prompt"),
+    Command("replay", "replay", "rerun the batch of one step, row by row"),
     Command("adopt", "adopt", "start a run from published weights and their tokenizer"),
     Command("export", "export", "write a run as a Hugging Face folder"),
 )

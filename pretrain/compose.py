@@ -34,6 +34,7 @@ SCHEMAS = {
     "data": tree.InspectTrainConfig,
     "evaluate": tree.EvaluateConfig,
     "generate": tree.GenerateConfig,
+    "replay": tree.ReplayConfig,
     "adopt": tree.AdoptConfig,
     "export": tree.ExportConfig,
 }
@@ -44,7 +45,6 @@ FIXED_FOR_A_RUN = (
     "model.",
     "depth.",
     "run.seed",
-    "batch.global_tokens",
     "data.sources",
     "data.window_shards",
     "optimizer.name",

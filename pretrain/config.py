@@ -140,6 +140,21 @@ class EvaluateConfig:
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
+class ReplayConfig:
+    """The batch of one step of a run, row by row."""
+
+    run: RunFolderConfig
+    step: int
+    """The step whose rows are run again."""
+    rows: list[int]
+    """Global rows of it to run; empty: all."""
+
+    def __post_init__(self) -> None:
+        if self.step < 1:
+            raise ConfigError(f"step={self.step} must be at least 1.")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
 class GenerateConfig:
     """Text from a trained run."""
 

@@ -4,6 +4,8 @@ One process, torchrun and srun start the same program; ranks come from the envir
 """
 
 import logging
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,21 +23,25 @@ from pretrain.data.tokenizer import Tokenizer
 from pretrain.engine.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
-    prune_checkpoints,
     read_state,
-    save_checkpoint,
+    set_later_aside,
 )
 from pretrain.engine.commit import sweep_temporaries
 from pretrain.engine.deepspeed import Engine
+from pretrain.engine.memory import checkpoint_bytes
+from pretrain.engine.saving import Saver
 from pretrain.engine.world import World, join, leave
 from pretrain.errors import (
     EXIT_FINISHED,
     EXIT_SAVED_ON_SIGNAL,
-    CheckpointError,
+    ConfigError,
     DivergenceError,
 )
+from pretrain.loop.guard_config import GuardConfig
 from pretrain.loop.lock import RunLock
+from pretrain.loop.passed_over import read_rewinds
 from pretrain.loop.record import Record
+from pretrain.loop.rewind import rewind
 from pretrain.loop.run_folder import (
     begin_life,
     check_run_folder,
@@ -44,8 +50,15 @@ from pretrain.loop.run_folder import (
     on_rank_0,
     write_requeue_record,
 )
+from pretrain.loop.saves import Saves
 from pretrain.loop.signals import StopSignals
-from pretrain.loop.state import TrainState, check_same_data, check_same_tokenizer
+from pretrain.loop.spikes import must_rewind
+from pretrain.loop.state import (
+    TrainState,
+    check_same_data,
+    check_same_tokenizer,
+    last_step,
+)
 from pretrain.loop.steps import Session, training_steps
 from pretrain.loop.validation import validate
 from pretrain.model.init import initialize
@@ -53,9 +66,6 @@ from pretrain.model.recurrent import RecurrentModel
 from pretrain.optim.effective_rate import effective_rates
 
 log = logging.getLogger(__name__)
-
-# A run whose gradients stay non-finite will not mend itself.
-MAX_SKIPS_IN_A_ROW = 10
 
 
 def main(config: TrainConfig) -> int:
@@ -86,18 +96,20 @@ def _life(config: TrainConfig, world: World, stop: StopSignals, lock: RunLock) -
     on_rank_0(world, lambda: sweep_temporaries(run_dir))
     inputs = _check_inputs(config, world)
     on_all_ranks(world, lambda: log_to_folder(run_dir, world.rank))
-    if inputs.step >= config.total_steps:
+    if inputs.state.step >= last_step(config, inputs.state):
         log.info(
-            "%s has all its %d steps; give more with run.steps=...", run_dir, config.total_steps
+            "%s has all its %d steps; give more with run.steps=...", run_dir, inputs.state.step
         )
         return EXIT_FINISHED
     on_rank_0(world, lambda: begin_life(config, run_dir))
-    session = _open_session(config, world, stop, inputs)
+    session = _open_session(config, world, stop, inputs, lock)
     record = Record(config, run_dir, session.state, rank=world.rank)
     _train(session, inputs.held_out, record, lock)
-    is_finished = session.state.step >= config.total_steps
+    session.forget_batches()
+    state = session.state
+    is_finished = state.step >= last_step(config, state)
     if world.is_main and not is_finished:
-        write_requeue_record(run_dir, session.state.step)
+        write_requeue_record(run_dir, state.step)
     code = EXIT_FINISHED if is_finished else EXIT_SAVED_ON_SIGNAL
     for path in record.finish(code):
         log.info("plot: %s", path)
@@ -106,18 +118,25 @@ def _life(config: TrainConfig, world: World, stop: StopSignals, lock: RunLock) -
 
 def _train(session: Session, held_out: Batch, record: Record, lock: RunLock) -> None:
     """Drain the steps; validate before saving, so that a saved step has all its record."""
-    config = session.config
+    config, guards = session.config, session.config.guards
+    saves = Saves(session, record)
+    if must_rewind(session.state, guards.spike):
+        # the life before was told to stop when it was about to
+        rewind(session, record)
     for step in training_steps(session):
-        record.step(step)
+        # first: whoever has lost the folder writes nothing more
         if session.world.is_main:
             lock.refresh()
-        _stop_if_diverged(session.state)
-        is_last = step.step == config.total_steps
+        record.step(step)
+        _stop_if_diverged(session.state, guards, saves)
+        is_last = step.step == last_step(config, session.state)
         is_leaving = is_last or step.should_stop
+        if must_rewind(session.state, guards.spike) and not is_leaving:
+            rewind(session, record)
+            continue
         if is_last or (not is_leaving and step.step % config.validation.every_steps == 0):
             record.validation(session.state, _validate(session, held_out))
-        if is_leaving or step.step % config.checkpoint.every_steps == 0:
-            _save(session, record, must=is_leaving)
+        saves.after_step(step, is_leaving=is_leaving)
 
 
 def _validate(session: Session, held_out: Batch) -> dict[str, Any]:
@@ -144,23 +163,44 @@ class _Inputs(NamedTuple):
     """This rank's rows of the valid split."""
     newest: Path | None
     """The checkpoint to resume from."""
-    step: int
-    """Its step, or 0."""
+    state: TrainState
+    """How far it was."""
 
 
 def _check_inputs(config: TrainConfig, world: World) -> _Inputs:
     """Shards, tokenizer and checkpoint; they must belong together and to this configuration."""
     config.batch.micro_steps(context=config.model.context, ranks=world.size)
     identity, held_out = on_all_ranks(world, lambda: _check_data(config, world))
-    newest = newest_checkpoint(Path(config.run.dir), world)
-    step = 0
-    if newest is not None:
+    run_dir = Path(config.run.dir)
+    newest = newest_checkpoint(run_dir, world)
+    state = TrainState()
+    if newest is None:
+        on_rank_0(world, lambda: _check_space(config, run_dir))
+    else:
+        folder = newest
+        on_rank_0(world, lambda: set_later_aside(run_dir, folder))
         saved = read_state(newest)
         check_same_tokenizer(saved, identity["tokenizer_sha256"], config.tokenizer.path)
         check_same_data(saved, identity["data_fingerprint"], config.data.shards)
-        step = TrainState.from_dict(saved["train"]).step
+        state = TrainState.from_dict(saved["train"])
         identity |= {key: saved[key] for key in ("adopted_from",) if key in saved}
-    return _Inputs(identity, held_out, newest, step)
+    return _Inputs(identity, held_out, newest, state)
+
+
+def _check_space(config: TrainConfig, run_dir: Path) -> None:
+    """Refuse to start what could never save; warn of what will run full."""
+    one, free = checkpoint_bytes(config.model), shutil.disk_usage(run_dir).free
+    kept = config.checkpoint.keep_last + 1
+    remedy = "Free some, choose another run.dir, or lower checkpoint.keep_last."
+    if free < one:
+        raise ConfigError(
+            f"run.dir={run_dir} has {free:,} bytes free; one checkpoint needs {one:,}. {remedy}"
+        )
+    if free < kept * one:
+        log.warning(
+            "%s has %s bytes free; %d checkpoints of %s, one of them in the making, need more. %s",
+            run_dir, f"{free:,}", kept, f"{one:,}", remedy,
+        )  # fmt: skip
 
 
 def _check_data(config: TrainConfig, world: World) -> tuple[dict[str, str], Batch]:
@@ -179,8 +219,11 @@ def _check_data(config: TrainConfig, world: World) -> tuple[dict[str, str], Batc
     return identity, held_out
 
 
-def _open_session(config: TrainConfig, world: World, stop: StopSignals, inputs: _Inputs) -> Session:
+def _open_session(
+    config: TrainConfig, world: World, stop: StopSignals, inputs: _Inputs, lock: RunLock
+) -> Session:
     """Model, engine, data and counters, as the newest checkpoint left them."""
+    run_dir = Path(config.run.dir)
     with torch.device(world.device):
         model = RecurrentModel(config.model)
     if inputs.newest is None:
@@ -192,51 +235,43 @@ def _open_session(config: TrainConfig, world: World, stop: StopSignals, inputs: 
         state = TrainState.from_dict(load_checkpoint(engine, world, inputs.newest)["train"])
         log.info("resumed %s at step %d", inputs.newest.name, state.step)
     state.lives += 1
-    batches = stream_batches(
-        config.data,
-        seed=config.run.seed,
-        first_row=state.rows,
-        rows_per_step=config.rows_per_step,
-        rank=world.rank,
-        ranks=world.size,
-    )
+
+    def stream(first_row: int) -> Iterator[Batch]:
+        return stream_batches(
+            config.data,
+            seed=config.run.seed,
+            first_row=first_row,
+            rows_per_step=config.rows_per_step,
+            rank=world.rank,
+            ranks=world.size,
+        )
+
     return Session(
         config=config,
         world=world,
         engine=engine,
-        batches=batches,
+        saver=Saver(
+            engine,
+            world,
+            run_dir,
+            asynchronous=config.checkpoint.asynchronous,
+            fence=lock.refresh,
+        ),
+        stream=stream,
         state=state,
         stop=stop,
         identity=inputs.identity,
+        rewinds=world.broadcast_object(read_rewinds(run_dir) if world.is_main else None),
     )
 
 
-def _stop_if_diverged(state: TrainState) -> None:
-    if state.skipped_in_a_row >= MAX_SKIPS_IN_A_ROW:
+def _stop_if_diverged(state: TrainState, guards: GuardConfig, saves: Saves) -> None:
+    if state.skipped_in_a_row >= guards.stop_after_skips:
+        # what to look into may be on its way
+        saves.finish()
         raise DivergenceError(
-            f"The gradient was not finite for {state.skipped_in_a_row} steps in a row, up to step "
-            f"{state.step}; no update was made in them. Lower optimizer.learning_rate and resume "
-            "from the last checkpoint."
+            f"{state.skipped_in_a_row} steps in a row had no update, up to step {state.step}: "
+            "their gradients were not finite or their losses far off. Lower "
+            "optimizer.learning_rate and resume from the last checkpoint; `pretrain replay` shows "
+            "the rows."
         )
-
-
-def _save(session: Session, record: Record, *, must: bool) -> None:
-    """Save; a failed save in mid-run is reported and survived, the last one is not."""
-    record.sync()
-    run_dir = Path(session.config.run.dir)
-    state = {"train": session.state.as_dict(), **session.identity}
-    try:
-        path = save_checkpoint(
-            session.engine, session.world, run_dir, step=session.state.step, state=state
-        )
-        log.info("saved %s", path)
-    except CheckpointError as error:
-        if must:
-            raise
-        log.error("training goes on without this save: %s", error)
-        return
-    if session.world.is_main:
-        try:
-            prune_checkpoints(run_dir, session.config.checkpoint, saved=path)
-        except OSError as error:
-            log.error("an old checkpoint could not be deleted: %s", error)

@@ -197,7 +197,6 @@ BAD = [
     (["data.shards=nowhere"], 65, "pretrain data build"),
     (["tokenizer.path=nowhere"], 65, "pretrain data tokenizer"),
     (["data.sources.prose.weight=3"], 64, "data.sources"),
-    (["batch.global_tokens=1024"], 64, "batch.global_tokens: 512 in the run folder"),
     (["run.seed=9"], 64, "run.seed: 0 in the run folder, 9 asked for"),
 ]
 

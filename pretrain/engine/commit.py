@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 STATE = "state.json"
 LATEST = "latest"
+TAGS = "tags"
+DAMAGED = "damaged"
 FORMAT = 1
 HASH_CHUNK_BYTES = 1 << 22
 _STEP = re.compile(r"step-(\d{10,})")
@@ -113,10 +115,7 @@ def commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
     sync_folder(temporary)
     publish(temporary, final)
     sync_folder(final.parent)
-    pointer = final.parent / f"{LATEST}.tmp-{temporary.name.rpartition('-')[2]}"
-    write_pointer(final, pointer)
-    replace_pointer(pointer)
-    sync_folder(final.parent)
+    point_to(final)
 
 
 def delete(folder: Path) -> None:
@@ -144,17 +143,64 @@ def sweep_temporaries(run_dir: Path) -> list[str]:
     return removed
 
 
-def prunable(folders: Sequence[Path], *, saved: int, keep_last: int, keep_every: int) -> list[Path]:
+def prunable(
+    folders: Sequence[Path],
+    *,
+    saved: int,
+    keep_last: int,
+    keep_every: int,
+    tagged: Collection[int] = (),
+) -> list[Path]:
     """Which checkpoints are no longer wanted after step `saved` was saved.
 
     Never the one just saved, nor later ones: those were found damaged, or it would not have
-    been saved after them, so they do not count among the last.
+    been saved after them, so they do not count among the last. Nor steps that a tag names.
     """
     older = [f for f in folders if (step_of(f) or 0) <= saved]
     older.sort(key=lambda f: step_of(f) or 0, reverse=True)
     return [
-        f for f in older[keep_last:] if not (keep_every and (step_of(f) or 0) % keep_every == 0)
+        f
+        for f in older[keep_last:]
+        if not (keep_every and (step_of(f) or 0) % keep_every == 0) and step_of(f) not in tagged
     ]
+
+
+def read_tags(run_dir: Path) -> dict[str, int]:
+    """Steps by the tags that keep their checkpoints: files `checkpoints/tags/NAME`."""
+    tags = {}
+    folder = checkpoints_folder(run_dir) / TAGS
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        step = step_of(Path(path.read_text(encoding="utf-8", errors="replace").strip()))
+        if step is None:
+            log.warning("%s names no checkpoint such as %s", path, step_folder(run_dir, 0).name)
+        else:
+            tags[path.name] = step
+    return tags
+
+
+def write_tag(run_dir: Path, tag: str, step: int) -> None:
+    """Keep the checkpoint of a step until the tag is removed, or given to another step."""
+    folder = checkpoints_folder(run_dir) / TAGS
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = checkpoints_folder(run_dir) / f"{tag}.tmp-{os.getpid()}"
+    temporary.write_text(step_folder(run_dir, step).name + "\n", encoding="utf-8")
+    os.replace(temporary, folder / tag)
+
+
+def set_aside(folder: Path) -> Path:
+    """Move a damaged checkpoint to checkpoints/damaged, where nothing reads or removes it."""
+    aside = folder.parent / DAMAGED / f"{folder.name}-{os.urandom(4).hex()}"
+    aside.parent.mkdir(exist_ok=True)
+    os.rename(folder, aside)
+    return aside
+
+
+def point_to(folder: Path) -> None:
+    """Make `latest` name a checkpoint."""
+    pointer = folder.parent / f"{LATEST}.tmp-{os.urandom(4).hex()}"
+    write_pointer(folder, pointer)
+    replace_pointer(pointer)
+    sync_folder(folder.parent)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,9 +1,12 @@
 """How the model is run on devices, and how it is saved. Torch-free."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from enum import Enum
 
 from pretrain.errors import ConfigError
+
+_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class Precision(Enum):
@@ -72,6 +75,10 @@ class CheckpointConfig:
     """Whole checkpoints to keep, newest first."""
     keep_every_steps: int = 0
     """Also keep for good each checkpoint whose step is a multiple; 0: none."""
+    tags: dict[str, int] = field(default_factory=dict)
+    """Steps by name: saved, and kept until the file checkpoints/tags/NAME is removed."""
+    asynchronous: bool = True
+    """Copy to host memory and write beside training; otherwise training waits."""
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:
@@ -82,3 +89,9 @@ class CheckpointConfig:
             raise ConfigError(
                 f"checkpoint.keep_every_steps={self.keep_every_steps} must be 0 or more."
             )
+        for tag, step in self.tags.items():
+            if not _TAG.fullmatch(tag) or step < 1:
+                raise ConfigError(
+                    f"checkpoint.tags.{tag}={step}: a tag is letters, digits, '-', '_' and '.', "
+                    "and names a step of at least 1."
+                )

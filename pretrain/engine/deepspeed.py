@@ -36,7 +36,7 @@ class StepResult(NamedTuple):
     grad_norm: float
     """Global L2 norm of the gradient before clipping; inf if it was not finite."""
     is_applied: bool
-    """False if a loss or gradient was not finite on any rank: nothing has changed on any rank."""
+    """False if the update was dropped: nothing has changed on any rank."""
 
 
 class Engine:
@@ -90,14 +90,19 @@ class Engine:
             # Only counts: DeepSpeed wants to hear of every micro-step.
             self._engine.step()
 
-    def step(self, learning_rate: float) -> StepResult:
-        """Reduce, clip and apply the gradient, or drop it everywhere if it is not finite."""
+    def step(self, learning_rate: float, *, drops_update: bool = False) -> StepResult:
+        """Reduce, clip and apply the gradient, or drop it everywhere if it is not finite.
+
+        `drops_update`, equal on all ranks, drops it in any case.
+        """
         assert self._micro_step == self.micro_steps, "step before the last backward pass"
         self._micro_step = 0
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        self.optimizer.is_held = drops_update
         self._engine.step()
-        is_applied = bool(self._engine.was_step_applied())
+        self.optimizer.is_held = False
+        is_applied = bool(self._engine.was_step_applied()) and not drops_update
         self.optimizer_steps += is_applied
         return StepResult(float(self._engine.get_global_grad_norm()), is_applied)
 

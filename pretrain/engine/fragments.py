@@ -21,6 +21,8 @@ from torch import Tensor
 
 from pretrain.errors import CheckpointError
 
+# The section of the fp32 weights; the others are the optimizer's moments.
+MASTER = "master"
 CHUNK_ELEMENTS = 1 << 24
 FP32_BYTES = 4
 

@@ -49,6 +49,27 @@ def check_complete(pieces: Iterable[tuple[str, int, int]], sizes: dict[str, int]
         )
 
 
+def check_same_tensors(
+    origin: str, stored: list[TensorInfo], wanted: list[TensorInfo], shown: int = 3
+) -> None:
+    """Raise CheckpointError, naming the first differences, if `origin` stored other tensors."""
+    saved, ours = (
+        {tensor.name: tensor.shape for tensor in tensors} for tensors in (stored, wanted)
+    )
+    differences = [
+        f"{name}: {saved.get(name, 'absent')} in the checkpoint, {ours.get(name, 'absent')} here"
+        for name in sorted(saved.keys() | ours.keys())
+        if saved.get(name) != ours.get(name)
+    ]
+    if differences:
+        more = len(differences) - shown
+        raise CheckpointError(
+            f"{origin} is of another model: {len(differences)} tensors differ.\n  "
+            + "\n  ".join(differences[:shown] + ([f"and {more} more"] if more > 0 else []))
+            + "\n  Use the run's own model preset, or another run.dir."
+        )
+
+
 def _first(owner: Any, *names: str) -> Any:
     for name in names:
         if hasattr(owner, name):

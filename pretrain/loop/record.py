@@ -6,12 +6,13 @@ from typing import Any
 
 from pretrain.compose import as_dict
 from pretrain.config import TrainConfig
+from pretrain.engine.saving import Saved
 from pretrain.errors import PretrainError
 from pretrain.loop.alarms import Alarms
 from pretrain.loop.console import Progress
 from pretrain.loop.metrics import MetricLog, read_metrics
 from pretrain.loop.plots import plot_run
-from pretrain.loop.state import TrainState
+from pretrain.loop.state import TrainState, last_step
 from pretrain.loop.steps import StepRecord
 from pretrain.loop.wandb_sink import WandbSink
 
@@ -26,9 +27,8 @@ class Record:
         self._is_writer = rank == 0
         if not self._is_writer:
             return
-        self._log = MetricLog(run_dir / "metrics.jsonl", resumed_step=state.step)
-        self._alarms = Alarms(config, read_metrics(run_dir / "metrics.jsonl"))
-        self._progress = Progress(config.total_steps)
+        self._config = config
+        self._log, self._alarms, self._progress = self._resume(state)
         self._wandb = WandbSink(config.logging, run_dir, as_dict(config), run_name=config.run.name)
 
     def step(self, record: StepRecord) -> None:
@@ -59,6 +59,26 @@ class Record:
         alarms = self._alarms.judge(state.step, result)
         self._write({"step": state.step, "tokens": state.tokens, **result, **alarms})
 
+    def saved(self, state: TrainState, saved: Saved, *, blocked_s: float) -> None:
+        """A committed checkpoint: its size, and how long training waited for it."""
+        if not self._is_writer:
+            return
+        values = {
+            "checkpoint/step": saved.step,
+            "checkpoint/bytes": saved.bytes,
+            "checkpoint/copied_s": saved.copied_s,
+            "checkpoint/written_s": saved.written_s,
+            "checkpoint/blocked_s": blocked_s,
+        }
+        self._write({"step": state.step, "tokens": state.tokens, **values})
+
+    def rewound(self, state: TrainState) -> None:
+        """The run has gone back to `state`: later records move aside, as after a resume."""
+        if not self._is_writer:
+            return
+        self._log.close()
+        self._log, self._alarms, self._progress = self._resume(state)
+
     def sync(self) -> None:
         """Make what was written last through a power cut; called with each checkpoint."""
         if self._is_writer:
@@ -75,6 +95,12 @@ class Record:
         except (OSError, PretrainError) as error:
             log.warning("the plots could not be drawn: %s", error)
             return []
+
+    def _resume(self, state: TrainState) -> tuple[MetricLog, Alarms, Progress]:
+        path = self._run_dir / "metrics.jsonl"
+        metrics = MetricLog(path, resumed_step=state.step)
+        alarms = Alarms(self._config, read_metrics(path))
+        return metrics, alarms, Progress(last_step(self._config, state))
 
     def _write(self, values: dict[str, Any]) -> None:
         self._log.write(values)

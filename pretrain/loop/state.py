@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from pretrain.config import TrainConfig
 from pretrain.errors import DataError
 
 
@@ -17,9 +18,15 @@ class TrainState:
     tokens: int = 0
     """Tokens consumed."""
     skipped_updates: int = 0
-    """Steps whose gradient was not finite, so nothing was updated."""
+    """Steps without an update: the gradient was not finite, or the loss was far off."""
     skipped_in_a_row: int = 0
     """How many of those the last steps were."""
+    spikes: int = 0
+    """Steps whose loss was a spike."""
+    bad_in_a_row: int = 0
+    """How many of the last steps were spikes or had no update."""
+    good_losses: list[float] = dataclasses.field(default_factory=list)
+    """Losses that the next one is compared with, in nats."""
     lives: int = 0
     """Times the run was started or resumed."""
     trained_s: float = 0.0
@@ -33,6 +40,19 @@ class TrainState:
     def from_dict(cls, values: dict[str, Any]) -> "TrainState":
         """The state that `as_dict` gave."""
         return cls(**values)
+
+
+def last_step(config: TrainConfig, state: TrainState) -> int:
+    """The step at which the run ends, if every later step has the configured size."""
+    if config.run.steps is not None:
+        return config.run.steps
+    assert config.run.tokens is not None
+    return state.step + -(-(config.run.tokens - state.tokens) // config.batch.global_tokens)
+
+
+def total_tokens(config: TrainConfig, state: TrainState) -> int:
+    """Tokens of the whole run: those consumed, and those of the steps to come."""
+    return state.tokens + (last_step(config, state) - state.step) * config.batch.global_tokens
 
 
 def check_same_data(saved: dict[str, Any], fingerprint: str, shards: str) -> None:

@@ -5,8 +5,8 @@ number, so neither the ranks nor the accumulation nor padding weigh a token diff
 """
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -14,10 +14,13 @@ import torch
 from pretrain.config import TrainConfig
 from pretrain.data.loader import Batch
 from pretrain.engine.deepspeed import Engine
+from pretrain.engine.saving import Saver
 from pretrain.engine.world import World
+from pretrain.loop import spikes
 from pretrain.loop.micro_batches import labels_of, micro_batches, row_checksum
+from pretrain.loop.passed_over import Rewind, row_after
 from pretrain.loop.signals import StopSignals
-from pretrain.loop.state import TrainState
+from pretrain.loop.state import TrainState, last_step, total_tokens
 from pretrain.model.cost import TokenFlops
 from pretrain.model.depth import Depth, step_depths
 from pretrain.model.loss import IGNORED
@@ -31,11 +34,32 @@ class Session:
     config: TrainConfig
     world: World
     engine: Engine
-    batches: Iterator[Batch]
+    saver: Saver
+    stream: Callable[[int], Iterator[Batch]]
+    """This rank's rows of each step from a global row on."""
     state: TrainState
     stop: StopSignals
     identity: dict[str, str]
     """Hashes of shards and tokenizer; kept in every checkpoint."""
+    rewinds: list[Rewind] = field(default_factory=list)
+    """Rows to go past."""
+    batches: Iterator[Batch] | None = None
+
+    def next_batch(self) -> Batch:
+        """This rank's rows of the next step."""
+        row = row_after(self.rewinds, self.state.rows)
+        if self.batches is None or row != self.state.rows:
+            self.forget_batches()
+            self.state.rows = row
+            self.batches = self.stream(row)
+        return next(self.batches)
+
+    def forget_batches(self) -> None:
+        """Read anew from wherever the state then is."""
+        if self.batches is not None:
+            # generators, whose workers end with them
+            self.batches.close()  # type: ignore[attr-defined]
+        self.batches = None
 
 
 class StepRecord(NamedTuple):
@@ -47,11 +71,13 @@ class StepRecord(NamedTuple):
     """Reduced over ranks; keys like loss/nats."""
     should_stop: bool
     """A rank has been told to save and leave."""
+    has_written: bool
+    """No rank is still writing a checkpoint."""
 
 
 def training_steps(session: Session) -> Iterator[StepRecord]:
     """Steps until the run's end or a stop signal; every rank sees the same records."""
-    while session.state.step < session.config.total_steps:
+    while session.state.step < last_step(session.config, session.state):
         record = _step(session)
         yield record
         if record.should_stop:
@@ -61,40 +87,54 @@ def training_steps(session: Session) -> Iterator[StepRecord]:
 def _step(session: Session) -> StepRecord:
     config, world, state = session.config, session.world, session.state
     started = time.monotonic()
-    batch = next(session.batches)
+    batch = session.next_batch()
     waited_s = time.monotonic() - started
+    first_row, rate = state.rows, _learning_rate(config, state)
     depths = step_depths(
-        config.depth, seed=config.run.seed, first_row=state.rows, rows=config.rows_per_step
+        config.depth, seed=config.run.seed, first_row=first_row, rows=config.rows_per_step
     )
-    own = depths[batch.first_row - state.rows :][: len(batch.tokens_BS)]
+    own = depths[batch.first_row - first_row :][: len(batch.tokens_BS)]
     num_labels = int((labels_of(batch, config.model.documents) != IGNORED).sum())
     (all_labels,) = world.sum([num_labels])
     nats = _forward_and_backward(session, batch, own, scale=1 / max(all_labels, 1.0))
-    rate = learning_rate(
-        state.tokens,
-        step_tokens=config.batch.global_tokens,
-        total_tokens=config.total_tokens,
-        peak=config.optimizer.learning_rate,
-        config=config.schedule,
+    should_stop, is_writing = session.stop.received is not None, session.saver.is_writing
+    nats, checksum, waited_s, stopping, writing = world.sum(
+        [nats, row_checksum(batch), waited_s, float(should_stop), float(is_writing)]
     )
-    result = session.engine.step(rate)
+    loss = nats / max(all_labels, 1.0)
+    verdict = spikes.judge(state, loss, config.guards.spike)
+    result = session.engine.step(rate, drops_update=verdict.drops_update)
     step_s = time.monotonic() - started
-    sums = world.sum(
-        [nats, row_checksum(batch), waited_s, float(session.stop.received is not None)]
-    )
-    _advance(state, config, is_applied=result.is_applied, step_s=step_s)
+    spikes.note(state, loss, verdict, config.guards.spike)
+    _advance(state, config, is_spike=verdict.is_spike, is_applied=result.is_applied, step_s=step_s)
     metrics = {
-        "loss/nats": sums[0] / max(all_labels, 1.0),
+        "loss/nats": loss,
+        "loss/spike_score": verdict.score,
+        "loss/spikes": state.spikes,
         "gradient/norm": result.grad_norm,
         "optimizer/learning_rate": rate,
         "optimizer/skipped_updates": state.skipped_updates,
-        "data/checksum": sums[1],
+        "data/first_row": first_row,
+        "data/rows": config.rows_per_step,
+        "data/checksum": checksum,
         "data/valid_tokens": all_labels,
-        "data/wait_s": sums[2] / world.size,
+        "data/wait_s": waited_s / world.size,
         **_depth_metrics(depths),
         **_speed_metrics(config, world, depths, step_s),
     }
-    return StepRecord(state.step, state.tokens, metrics, should_stop=sums[3] > 0)
+    return StepRecord(
+        state.step, state.tokens, metrics, should_stop=stopping > 0, has_written=writing == 0
+    )
+
+
+def _learning_rate(config: TrainConfig, state: TrainState) -> float:
+    return learning_rate(
+        state.tokens,
+        step_tokens=config.batch.global_tokens,
+        total_tokens=total_tokens(config, state),
+        peak=config.optimizer.learning_rate,
+        config=config.schedule,
+    )
 
 
 def _forward_and_backward(
@@ -125,13 +165,16 @@ def _forward_and_backward(
     return float(nats)
 
 
-def _advance(state: TrainState, config: TrainConfig, *, is_applied: bool, step_s: float) -> None:
+def _advance(
+    state: TrainState, config: TrainConfig, *, is_spike: bool, is_applied: bool, step_s: float
+) -> None:
     state.step += 1
     state.rows += config.rows_per_step
     state.tokens += config.batch.global_tokens
     state.trained_s += step_s
     state.skipped_updates += not is_applied
     state.skipped_in_a_row = 0 if is_applied else state.skipped_in_a_row + 1
+    state.bad_in_a_row = state.bad_in_a_row + 1 if is_spike or not is_applied else 0
 
 
 def _depth_metrics(depths: list[Depth]) -> dict[str, float]:

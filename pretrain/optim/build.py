@@ -2,11 +2,10 @@
 
 from collections.abc import Iterable
 
-import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from pretrain.errors import ConfigError
+from pretrain.optim.adamw import AdamW
 from pretrain.optim.config import AdamWConfig, EllisAdamConfig, OptimizerConfig
 from pretrain.optim.ellis_adam import EllisAdam
 from pretrain.optim.groups import parameter_groups
@@ -14,7 +13,7 @@ from pretrain.optim.groups import parameter_groups
 
 def build_optimizer(
     parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig
-) -> Optimizer:
+) -> EllisAdam | AdamW:
     """The configured optimizer over `model.named_parameters()`.
 
     Its rate is the peak rate until the engine sets another. AdamW is torch's own: its rule is
@@ -34,7 +33,7 @@ def build_optimizer(
         )
     if isinstance(config, AdamWConfig):
         # Fused: one kernel without temporaries of the size of the model.
-        return torch.optim.AdamW(
+        return AdamW(
             groups,
             lr=config.learning_rate,
             weight_decay=config.weight_decay,

@@ -16,6 +16,8 @@ CHUNK_ELEMENTS = 1 << 24
 class EllisAdam(Optimizer):
     """Adam with arctangent updates whose size is clipped per tensor, and decay per step.
 
+    While `is_held`, a step changes nothing.
+
     For each tensor at its t-th update (arXiv 2502.05171, appendix; study of the reference code):
 
         m, v <- g, g^2                                   only at t = 1, with running_init
@@ -55,6 +57,7 @@ class EllisAdam(Optimizer):
         self.update_clipping = update_clipping
         self.running_init = running_init
         self.layout: Layout | None = None
+        self.is_held = False
         # Divisors of the rate of each tensor of a partition at its last update.
         self.clips: dict[Tensor, Tensor] = {}
 
@@ -62,6 +65,8 @@ class EllisAdam(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every partition that has a gradient. All ranks call it with the same groups."""
         assert closure is None, "EllisAdam evaluates no closure"
+        if self.is_held:
+            return
         pairs = [(group, p) for group in self.param_groups for p in group["params"]]
         pairs = [(group, p) for group, p in pairs if p.grad is not None]
         if not pairs:

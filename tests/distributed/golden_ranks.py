@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pretrain.config import TrainConfig
-from pretrain.engine.checkpoint import load_checkpoint, save_checkpoint
+from pretrain.engine.checkpoint import load_checkpoint
 from pretrain.engine.deepspeed import Engine
+from pretrain.engine.saving import save_checkpoint
 from pretrain.engine.world import World
 from pretrain.loop.config import BatchConfig
 from pretrain.model.recurrent import RecurrentCore

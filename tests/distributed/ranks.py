@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from pretrain.config import TrainConfig
-from pretrain.engine.checkpoint import load_checkpoint, save_checkpoint
+from pretrain.engine.checkpoint import load_checkpoint
 from pretrain.engine.config import Precision
 from pretrain.engine.deepspeed import Engine
+from pretrain.engine.saving import save_checkpoint
 from pretrain.engine.world import World
 from pretrain.loop.config import BatchConfig
 from pretrain.model.depth import step_depths

@@ -11,12 +11,9 @@ from typing import Any
 import torch
 
 from pretrain.engine import checkpoint, commit, fragments
-from pretrain.engine.checkpoint import (
-    load_checkpoint,
-    newest_checkpoint,
-    save_checkpoint,
-)
+from pretrain.engine.checkpoint import load_checkpoint, newest_checkpoint
 from pretrain.engine.deepspeed import Engine
+from pretrain.engine.saving import prune_checkpoints, save_checkpoint
 from pretrain.engine.world import World
 from pretrain.errors import CheckpointError
 from pretrain.model.init import initialize
@@ -97,7 +94,7 @@ def _save_and_prune(engine: Engine, world: World, run_dir: Path) -> None:
     saved = save_checkpoint(engine, world, run_dir, step=2, state={"step": 2})
     config = tiny_config().checkpoint
     config.keep_last = 1
-    checkpoint.prune_checkpoints(run_dir, config, saved=saved)
+    prune_checkpoints(run_dir, config, saved=saved)
 
 
 def _dies(action: Callable[[], None], owner: Any, name: str, when: str, occurrence: int) -> bool:

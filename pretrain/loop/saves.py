@@ -1,0 +1,113 @@
+"""When a run saves: what is due, what is committed, what is kept."""
+
+import logging
+import time
+from pathlib import Path
+
+from pretrain.engine import commit
+from pretrain.engine.saving import prune_checkpoints
+from pretrain.errors import CheckpointError
+from pretrain.loop.record import Record
+from pretrain.loop.steps import Session, StepRecord
+
+log = logging.getLogger(__name__)
+
+SKIPPED = "skipped"
+"""The tag of the last checkpoint whose step had no update: `pretrain replay` starts from it."""
+
+
+class Saves:
+    """The saves of one life; all ranks call every method together.
+
+    A save that fails in mid-run is reported and survived; the last one must succeed.
+    """
+
+    def __init__(self, session: Session, record: Record) -> None:
+        self._session, self._record = session, record
+        self._config = session.config.checkpoint
+        self._run_dir = Path(session.config.run.dir)
+        self._tags: dict[int, list[str]] = {}
+        for tag, step in self._config.tags.items():
+            self._tags.setdefault(step, []).append(tag)
+        self._last_skipped: int | None = None
+        self._blocked_s = 0.0
+
+    def after_step(self, step: StepRecord, *, is_leaving: bool) -> None:
+        """Commit what all ranks have written, and begin what is due."""
+        saver = self._session.saver
+        if saver.is_in_flight and (step.has_written or is_leaving):
+            self._finish(must=False)
+        if self._is_due(step.step) or is_leaving:
+            self._save(must=is_leaving)
+
+    def finish(self) -> None:
+        """Wait for a save that is on its way, and commit it."""
+        if self._session.saver.is_in_flight:
+            self._finish(must=False)
+
+    def _is_due(self, step: int) -> bool:
+        return (
+            step % self._config.every_steps == 0 or step in self._tags or self._is_first_skip(step)
+        )
+
+    def _is_first_skip(self, step: int) -> bool:
+        """Whether the weights of a dropped update are worth a save of their own.
+
+        The first of several in a row, and no two within the usual time between saves.
+        """
+        if not self._session.config.guards.save_on_skip:
+            return False
+        if self._session.state.skipped_in_a_row != 1:
+            return False
+        last = self._last_skipped
+        return last is None or step - last >= self._config.every_steps
+
+    def _save(self, *, must: bool) -> None:
+        session = self._session
+        step = session.state.step
+        started = time.monotonic()
+        if session.saver.is_in_flight:
+            self._finish(must=False)
+        if existing := session.saver.has_saved(step):
+            log.info("%s exists and is whole", existing)
+            return
+        if self._is_first_skip(step):
+            self._tags.setdefault(step, []).append(SKIPPED)
+            self._last_skipped = step
+        self._record.sync()
+        state = {"train": session.state.as_dict(), **session.identity}
+        try:
+            session.saver.begin(step, state, beside=not must)
+        except CheckpointError as error:
+            self._fail(error, must=must)
+            return
+        self._blocked_s = time.monotonic() - started
+        if must or not self._config.asynchronous:
+            self._finish(must=must)
+
+    def _finish(self, *, must: bool) -> None:
+        started = time.monotonic()
+        try:
+            saved = self._session.saver.finish()
+        except CheckpointError as error:
+            self._fail(error, must=must)
+            return
+        self._blocked_s += time.monotonic() - started
+        log.info("saved %s", saved.path)
+        self._record.saved(self._session.state, saved, blocked_s=self._blocked_s)
+        if self._session.world.is_main:
+            self._keep(saved.path, saved.step)
+
+    def _keep(self, path: Path, step: int) -> None:
+        """Write the tags of a checkpoint, then delete those that are no longer wanted."""
+        try:
+            for tag in self._tags.pop(step, []):
+                commit.write_tag(self._run_dir, tag, step)
+            prune_checkpoints(self._run_dir, self._config, saved=path)
+        except OSError as error:
+            log.error("an old checkpoint could not be deleted, or a tag not written: %s", error)
+
+    def _fail(self, error: CheckpointError, *, must: bool) -> None:
+        if must:
+            raise error
+        log.error("training goes on without this save: %s", error)

@@ -1,0 +1,199 @@
+"""A run in trouble, as people see it: dropped updates, replays, loss spikes, going back."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import SMALL, run_cli
+
+pytestmark = pytest.mark.faults
+
+
+def read_records(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def diverged(workspace: Path) -> tuple[Path, str]:
+    """A run whose first update is so large that every later loss is not finite."""
+    done = run_cli(
+        workspace, "train", *SMALL, "run.name=diverged", "run.steps=30", "optimizer.name=adamw",
+        "optimizer=adamw", "optimizer.learning_rate=1e30", "schedule.warmup_tokens=0",
+        "guards.stop_after_skips=3", "checkpoint.every_steps=10",
+    )  # fmt: skip
+    assert done.returncode == 70, done.stderr
+    return workspace / "out/runs/diverged", done.stderr
+
+
+def test_a_run_that_cannot_mend_itself_stops_and_says_what_to_do(
+    diverged: tuple[Path, str],
+) -> None:
+    run_dir, said = diverged
+    assert "DivergenceError: 3 steps in a row had no update, up to step 4" in said
+    assert "Traceback" not in said
+    steps = [record for record in read_records(run_dir) if "loss/nats" in record]
+    assert [record["optimizer/skipped_updates"] for record in steps] == [0, 1, 2, 3]
+
+
+def test_the_batch_of_a_dropped_update_is_replayed_with_its_own_weights(
+    workspace: Path, diverged: tuple[Path, str]
+) -> None:
+    run_dir, _ = diverged
+    assert (run_dir / "checkpoints/tags/skipped").read_text().strip() == "step-0000000002"
+    done = run_cli(workspace, "replay", f"run.dir={run_dir}", "step=2")
+    assert done.returncode == 0, done.stderr
+    assert "which made no update" in done.stderr
+    rows = json.loads((run_dir / "replay/step-0000000002.json").read_text())
+    assert [row["row"] for row in rows] == list(range(16, 32))
+    bad = [row["row"] for row in rows if row["nats"] in ("nan", "inf")]
+    assert f"rows whose loss or gradient is not finite: {', '.join(map(str, bad))}" in done.stdout
+    # a row that was replayed alone is the same row
+    alone = run_cli(workspace, "replay", f"run.dir={run_dir}", "step=2", "rows=[20]")
+    assert alone.returncode == 0, alone.stderr
+    assert json.loads((run_dir / "replay/step-0000000002.json").read_text()) == [rows[4]]
+
+
+def test_a_replay_gives_the_loss_that_was_recorded(workspace: Path) -> None:
+    done = run_cli(workspace, "train", *SMALL, "run.name=replayed", "checkpoint.keep_last=9")
+    assert done.returncode == 0, done.stderr
+    run_dir = workspace / "out/runs/replayed"
+    done = run_cli(workspace, "replay", f"run.dir={run_dir}", "step=5")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((run_dir / "replay/step-0000000005.json").read_text())
+    (recorded,) = [r for r in read_records(run_dir) if r["step"] == 5 and "loss/nats" in r]
+    loss = sum(row["nats"] for row in rows) / sum(row["labels"] for row in rows)
+    # fp32, rows alone instead of four together: sums of 32 in another order
+    assert loss == pytest.approx(recorded["loss/nats"], rel=1e-5)
+    for wrong, said in (("step=99", "has no step 99"), ("step=0", "must be at least 1")):
+        done = run_cli(workspace, "replay", f"run.dir={run_dir}", wrong)
+        assert done.returncode in (64, 65)
+        assert said in done.stderr
+    done = run_cli(workspace, "replay", f"run.dir={run_dir}", "step=5", "rows=[3]")
+    assert done.returncode == 64
+    assert "it had rows 64 to 79" in done.stderr
+
+
+# Every second loss or so is above the median: what counts as a spike here is ordinary noise.
+NERVOUS = [
+    "guards.spike.window_steps=8", "guards.spike.alert_score=0.02", "guards.spike.skip_score=0.5",
+    "guards.spike.rewind_after=2", "guards.spike.max_rewinds=9", "run.steps=24",
+    "schedule.warmup_tokens=0", "optimizer.learning_rate=1e-4", "validation.every_steps=100",
+    "guards.save_on_skip=false", "checkpoint.every_steps=3",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def nervous(workspace: Path) -> Path:
+    done = run_cli(workspace, "train", *SMALL, *NERVOUS, "run.name=nervous")
+    assert done.returncode == 0, done.stderr
+    assert "were loss spikes: back to step" in done.stderr
+    return workspace / "out/runs/nervous"
+
+
+def windows_of(run_dir: Path) -> list[dict[str, int]]:
+    return [json.loads(line) for line in (run_dir / "rewinds.jsonl").read_text().splitlines()]
+
+
+def test_a_run_goes_back_and_past_the_rows_of_a_spike(nervous: Path) -> None:
+    windows = windows_of(nervous)
+    assert windows
+    steps = [record for record in read_records(nervous) if "loss/nats" in record]
+    assert [record["step"] for record in steps] == list(range(1, 25))
+    passed_over = {row for w in windows for row in range(w["first_row"], w["next_row"])}
+    row = 0
+    for record in steps:
+        while row in passed_over:
+            row += 16
+        assert record["data/first_row"] == row
+        row += 16
+    for window in windows:
+        assert window["to_step"] % 3 == 0
+        assert window["next_row"] - window["first_row"] >= 32
+    # what was taken back is kept beside the record
+    discarded = read_records(nervous, "metrics.discarded.jsonl")
+    assert {window["from_step"] for window in windows} <= {record["step"] for record in discarded}
+
+
+def test_a_run_that_is_killed_around_its_rewinds_ends_the_same(
+    workspace: Path, nervous: Path
+) -> None:
+    name = "nervous-killed"
+    run_dir = workspace / "out/runs" / name
+    for lines in (10, 16, 22, 28):
+        kill_when(workspace, run_dir, name, lines)
+    done = run_cli(workspace, "train", *SMALL, *NERVOUS, f"run.name={name}")
+    assert done.returncode == 0, done.stderr
+    assert windows_of(run_dir) == windows_of(nervous)
+    assert losses_of(run_dir) == losses_of(nervous)
+    assert weights_of(run_dir, 24) == weights_of(nervous, 24)
+
+
+def kill_when(workspace: Path, run_dir: Path, name: str, lines: int) -> None:
+    """Start the run, and kill it once its two records have so many lines together."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pretrain", "train", *SMALL, *NERVOUS, f"run.name={name}"],
+        cwd=workspace, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 90
+    try:
+        while process.poll() is None and time.monotonic() < deadline:
+            paths = run_dir.glob("metrics*.jsonl")
+            if sum(path.read_bytes().count(b"\n") for path in paths) >= lines:
+                break
+            time.sleep(0.005)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def losses_of(run_dir: Path) -> dict[int, float]:
+    return {r["step"]: r["loss/nats"] for r in read_records(run_dir) if "loss/nats" in r}
+
+
+def weights_of(run_dir: Path, step: int) -> list[tuple[str, str]]:
+    manifest = json.loads((run_dir / f"checkpoints/step-{step:010d}/manifest.json").read_text())
+    return sorted(
+        (name, entry["sha256"])
+        for name, entry in manifest["files"].items()
+        if name.endswith(".safetensors")
+    )
+
+
+def test_a_run_that_keeps_going_back_stops(workspace: Path) -> None:
+    done = run_cli(
+        workspace, "train", *SMALL, *NERVOUS, "run.name=lost", "guards.spike.max_rewinds=1",
+        "run.steps=300", "guards.spike.alert_score=0.001",
+    )  # fmt: skip
+    assert done.returncode == 70, done.stderr
+    assert "has gone back 1 times already (guards.spike.max_rewinds)" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_another_batch_size_goes_on_from_the_consumed_rows(workspace: Path) -> None:
+    name = "batches"
+    run_dir = workspace / "out/runs" / name
+    length = ["run.steps=null", f"run.tokens={8 * 512}"]
+    done = run_cli(workspace, "train", *SMALL, f"run.name={name}", *length,
+                   "optimizer.learning_rate=1e-3", "run.tokens=2048")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    larger = ["batch.global_tokens=1024", "batch.micro_rows=8"]
+    done = run_cli(workspace, "train", f"run.dir={run_dir}", *length, *larger)
+    assert done.returncode == 0, done.stderr
+    assert "resuming with batch.global_tokens=1024 (was 512)" in done.stderr
+    steps = [record for record in read_records(run_dir) if "loss/nats" in record]
+    assert [record["data/first_row"] for record in steps] == [0, 16, 32, 48, 64, 96]
+    assert [record["data/rows"] for record in steps] == [16] * 4 + [32] * 2
+    assert [record["tokens"] for record in steps] == [512, 1024, 1536, 2048, 3072, 4096]
+    # the same rows, whatever the steps that they come in
+    done = run_cli(workspace, "train", *SMALL, "run.name=batches-whole", "run.steps=8")
+    assert done.returncode == 0, done.stderr
+    whole = [r for r in read_records(run_dir.with_name("batches-whole")) if "loss/nats" in r]
+    for index, pair in ((4, (4, 5)), (5, (6, 7))):
+        assert steps[index]["data/checksum"] == sum(whole[i]["data/checksum"] for i in pair)
