@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
 
 from pretrain.errors import EXIT_BUG, EXIT_CONFIG, EXIT_FINISHED, ConfigError, PretrainError
+from pretrain.secrets import Redacting, redact, secret_values
 
 
 class Command(NamedTuple):
@@ -73,9 +74,9 @@ def _run(arguments: list[str]) -> int:
     if command is None:
         print(_usage())
         return EXIT_FINISHED if arguments in (["--help"], ["-h"]) else EXIT_CONFIG
-    logging.basicConfig(
-        level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
+    to_console = logging.StreamHandler(sys.stderr)
+    to_console.setFormatter(Redacting("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[to_console])
     try:
         module = import_module("pretrain." + command.words.replace(" ", "."))
         if any(argument.startswith("-") for argument in rest):
@@ -88,13 +89,17 @@ def _run(arguments: list[str]) -> int:
         code = module.main(config)
         return EXIT_FINISHED if code is None else int(code)
     except PretrainError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        _say(f"{type(error).__name__}: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except Exception:
-        traceback.print_exc()
+        _say(traceback.format_exc().rstrip())
         return EXIT_BUG
+
+
+def _say(text: str) -> None:
+    print(redact(text, secret_values(os.environ)), file=sys.stderr)
 
 
 def _find(arguments: list[str]) -> tuple[Command | None, list[str]]:

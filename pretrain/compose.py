@@ -9,7 +9,7 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +26,7 @@ from pretrain import config as tree
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.optim.config import AdamWConfig, EllisAdamConfig
 from pretrain.paths import config_source
+from pretrain.secrets import has_secret, secret_values
 
 log = logging.getLogger(__name__)
 
@@ -288,6 +289,27 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def refuse_secrets(config: tree.TrainConfig) -> None:
+    """Raise ConfigError, naming the key and not the value, if a setting holds a secret."""
+    values = secret_values(os.environ)
+    for key, value in _leaves(as_dict(config)):
+        if isinstance(value, str) and has_secret(value, values):
+            raise ConfigError(
+                f"{key} holds a secret (a password or signature in a URL, or the value of a secret "
+                "environment variable), and a run keeps its configuration in many files. Leave it "
+                "out: credentials belong in the environment or in the object store's own files."
+            )
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict | list):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, inner in pairs:
+            yield from _leaves(inner, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, value
 
 
 def write_frozen(config: tree.TrainConfig, run_dir: Path) -> None:

@@ -8,6 +8,7 @@ EXIT_CONFIG = 64
 EXIT_DATA = 65
 EXIT_BUG = 70
 EXIT_SAVED_ON_SIGNAL = 75
+EXIT_STALLED = 76
 
 
 class PretrainError(Exception):

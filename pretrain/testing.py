@@ -84,13 +84,53 @@ def _start(
     args: tuple[Any, ...],
     folder: Path,
 ) -> None:
+    source = Path(inspect.getfile(function)).resolve()
+    for place in _places(ranks):
+        process = _fork_server().Process(
+            target=_child, args=(source, function.__name__, args, place, folder)
+        )
+        process.start()
+        processes.append(process)
+
+
+def start_commands(ranks: int, arguments: list[str], *, cwd: Path, output: Path) -> list[Any]:
+    """Start `pretrain ARGUMENTS` as so many ranks, as a launcher would; their processes.
+
+    Each is a fork of a server that has imported torch and DeepSpeed, so that it starts at once.
+    What rank R says goes to the end of `output`, a folder, as R.txt. The caller ends them.
+    """
+    processes = []
+    output.mkdir(parents=True, exist_ok=True)
+    for rank, place in enumerate(_places(ranks)):
+        process = _fork_server().Process(
+            target=_command,
+            args=(arguments, place if ranks > 1 else {}, cwd, output / f"{rank}.txt"),
+        )
+        process.start()
+        processes.append(process)
+    return processes
+
+
+def _command(arguments: list[str], place: dict[str, str], cwd: Path, output: Path) -> None:
+    """One rank of a command: the environment of a launcher, and files for what it says."""
+    os.environ.update(place | {"OMP_NUM_THREADS": "1"})
+    os.chdir(cwd)
+    gc.freeze()
+    said = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    from pretrain import cli
+
+    cli.main(arguments)
+
+
+def _places(ranks: int) -> list[dict[str, str]]:
+    """The variables of a launcher for each rank, on a port that is free."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = _fork_server()
-    source = Path(inspect.getfile(function)).resolve()
-    for rank in range(ranks):
-        place = {
+    return [
+        {
             "RANK": str(rank),
             "WORLD_SIZE": str(ranks),
             "LOCAL_RANK": str(rank),
@@ -98,11 +138,8 @@ def _start(
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
         }
-        process = context.Process(
-            target=_child, args=(source, function.__name__, args, place, folder)
-        )
-        process.start()
-        processes.append(process)
+        for rank in range(ranks)
+    ]
 
 
 def _fork_server() -> ForkServerContext:

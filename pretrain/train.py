@@ -38,6 +38,7 @@ from pretrain.errors import (
     DivergenceError,
 )
 from pretrain.loop.guard_config import GuardConfig
+from pretrain.loop.host_memory import HostMemory
 from pretrain.loop.lock import RunLock
 from pretrain.loop.passed_over import read_rewinds
 from pretrain.loop.record import Record
@@ -60,7 +61,9 @@ from pretrain.loop.state import (
     last_step,
 )
 from pretrain.loop.steps import Session, training_steps
+from pretrain.loop.stragglers import Stragglers
 from pretrain.loop.validation import validate
+from pretrain.loop.watchdog import Watchdog
 from pretrain.model.init import initialize
 from pretrain.model.recurrent import RecurrentModel
 from pretrain.optim.effective_rate import effective_rates
@@ -102,10 +105,11 @@ def _life(config: TrainConfig, world: World, stop: StopSignals, lock: RunLock) -
         )
         return EXIT_FINISHED
     on_rank_0(world, lambda: begin_life(config, run_dir))
-    session = _open_session(config, world, stop, inputs, lock)
-    record = Record(config, run_dir, session.state, rank=world.rank)
-    _train(session, inputs.held_out, record, lock)
-    session.forget_batches()
+    with Watchdog(world, run_dir, limit_s=config.guards.stall_s) as watch:
+        session = _open_session(config, world, stop, inputs, lock, watch)
+        record = Record(config, run_dir, session.state, rank=world.rank)
+        _train(session, inputs.held_out, record, lock)
+        session.forget_batches()
     state = session.state
     is_finished = state.step >= last_step(config, state)
     if world.is_main and not is_finished:
@@ -135,7 +139,9 @@ def _train(session: Session, held_out: Batch, record: Record, lock: RunLock) -> 
             rewind(session, record)
             continue
         if is_last or (not is_leaving and step.step % config.validation.every_steps == 0):
+            session.watch.enter(step.step, "validation")
             record.validation(session.state, _validate(session, held_out))
+        session.watch.enter(step.step, "save")
         saves.after_step(step, is_leaving=is_leaving)
 
 
@@ -220,7 +226,12 @@ def _check_data(config: TrainConfig, world: World) -> tuple[dict[str, str], Batc
 
 
 def _open_session(
-    config: TrainConfig, world: World, stop: StopSignals, inputs: _Inputs, lock: RunLock
+    config: TrainConfig,
+    world: World,
+    stop: StopSignals,
+    inputs: _Inputs,
+    lock: RunLock,
+    watch: Watchdog,
 ) -> Session:
     """Model, engine, data and counters, as the newest checkpoint left them."""
     run_dir = Path(config.run.dir)
@@ -260,6 +271,9 @@ def _open_session(
         stream=stream,
         state=state,
         stop=stop,
+        watch=watch,
+        stragglers=Stragglers(world, config.guards),
+        memory=HostMemory(world.rank, limit_bytes=config.guards.host_growth_bytes),
         identity=inputs.identity,
         rewinds=world.broadcast_object(read_rewinds(run_dir) if world.is_main else None),
     )

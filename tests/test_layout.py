@@ -47,7 +47,14 @@ def layer(name: str) -> int:
 
 
 # what configuration is made of, and what a command's main takes: known to every layer
-BELOW_ALL = {"pretrain", "pretrain.errors", "pretrain.paths", "pretrain.config", "pretrain.compose"}
+BELOW_ALL = {
+    "pretrain",
+    "pretrain.errors",
+    "pretrain.paths",
+    "pretrain.secrets",
+    "pretrain.config",
+    "pretrain.compose",
+}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_name)

@@ -76,7 +76,8 @@ class CheckpointConfig:
     keep_every_steps: int = 0
     """Also keep for good each checkpoint whose step is a multiple; 0: none."""
     tags: dict[str, int] = field(default_factory=dict)
-    """Steps by name: saved, and kept until the file checkpoints/tags/NAME is removed."""
+    """Steps by name (+checkpoint.tags.NAME=STEP): saved, and kept until the file
+    checkpoints/tags/NAME is removed."""
     asynchronous: bool = True
     """Copy to host memory and write beside training; otherwise training waits."""
 

@@ -70,7 +70,7 @@ class Saver:
         fence: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine, self._world, self._run_dir = engine, world, run_dir
-        self._copies = _HostCopies() if asynchronous else None
+        self._copies = HostCopies() if asynchronous else None
         self._fence = fence
         self._flight: _Flight | None = None
         self._last: Saved | None = None
@@ -306,7 +306,7 @@ class _Flight(NamedTuple):
     copied_s: float
 
 
-class _HostCopies:
+class HostCopies:
     """Copies of a rank's pieces in host memory, in buffers that every save uses again."""
 
     def __init__(self) -> None:

@@ -33,6 +33,8 @@ class Place(NamedTuple):
     local_rank: int
     meeting: str
     """torch's init_method: env:// for a launcher that set it up, tcp://host:port, or nothing."""
+    host: str = "127.0.0.1"
+    """Where rank 0 is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,8 @@ class World:
     """Number of this process on its host."""
     device: torch.device
     """What this process computes on."""
+    host: str = "127.0.0.1"
+    """Where rank 0 can be reached."""
 
     @property
     def is_main(self) -> bool:
@@ -115,7 +119,7 @@ def join(config: EngineConfig) -> World:
         world_size=place.size,
         timeout=timeout,
     )
-    return World(place.rank, place.size, place.local_rank, device)
+    return World(place.rank, place.size, place.local_rank, device, place.host)
 
 
 def _lone_store() -> Any:
@@ -162,7 +166,7 @@ def _place_from_torchrun(environ: Mapping[str, str]) -> Place:
     rank, size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
     if not 0 <= rank < size:
         raise ConfigError(f"RANK={rank} is not below WORLD_SIZE={size}.")
-    return Place(rank, size, int(environ["LOCAL_RANK"]), "env://")
+    return Place(rank, size, int(environ["LOCAL_RANK"]), "env://", environ["MASTER_ADDR"])
 
 
 def _is_in_srun_step(environ: Mapping[str, str]) -> bool:
@@ -186,7 +190,7 @@ def _place_from_slurm(environ: Mapping[str, str]) -> Place:
         ) from None
     address = environ.get("MASTER_ADDR") or first_host(hosts)
     port = int(environ.get("MASTER_PORT") or FIRST_PORT + job % NUM_PORTS)
-    return Place(rank, size, local_rank, f"tcp://{address}:{port}" if size > 1 else "")
+    return Place(rank, size, local_rank, f"tcp://{address}:{port}" if size > 1 else "", address)
 
 
 def first_host(hosts: str) -> str:

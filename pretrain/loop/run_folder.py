@@ -2,11 +2,14 @@
 
 config.yaml           the frozen configuration
 metrics.jsonl         one object per step and per validation
-metrics.discarded.jsonl   records of steps that a later life took again
-checkpoints/          whole checkpoints, and `latest`
-logs/rank-00000.log   one log per rank, appended to by every life
+metrics.discarded.jsonl   records of steps that a later life took again, or that were taken back
+rewinds.jsonl         which rows were passed over after loss spikes
+stalls.jsonl          who held up the others when a life stood still
+checkpoints/          whole checkpoints, `latest`, tags/ that keep some, damaged/ set aside
+logs/rank-00000.log   one log per rank, appended to by every life; .stacks: after a stall
 plots/                pictures of the record
 evaluation/           what `pretrain evaluate` found
+replay/               what `pretrain replay` found
 wandb/                W&B's files
 lock.json             who is writing here now
 requeue.json          left by a life that was told to stop: job, restart, step
@@ -19,10 +22,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar, cast
 
-from pretrain.compose import as_dict, check_resumable, differences, thaw, write_frozen
+from pretrain.compose import (
+    as_dict,
+    check_resumable,
+    differences,
+    refuse_secrets,
+    thaw,
+    write_frozen,
+)
 from pretrain.config import TrainConfig
 from pretrain.engine.world import World
 from pretrain.errors import ConfigError, PretrainError
+from pretrain.secrets import Redacting
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +44,10 @@ _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 def check_run_folder(config: TrainConfig, world: World) -> None:
     """Refuse, on every rank, ranks that disagree and a folder that holds another run.
 
-    Changes nothing. Raises ConfigError.
+    Changes nothing. Raises ConfigError, also for a secret in the configuration, which would be
+    written there.
     """
+    refuse_secrets(config)
     everyone = world.gather_objects(as_dict(config))
     for rank, other in enumerate(everyone):
         if other != everyone[0]:
@@ -67,7 +80,7 @@ def log_to_folder(run_dir: Path, rank: int) -> None:
     path = run_dir / "logs" / f"rank-{rank:05d}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     to_file = logging.FileHandler(path, encoding="utf-8")
-    to_file.setFormatter(logging.Formatter(_FORMAT))
+    to_file.setFormatter(Redacting(_FORMAT))
     root = logging.getLogger()
     root.addHandler(to_file)
     for handler in root.handlers:

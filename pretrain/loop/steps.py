@@ -17,12 +17,15 @@ from pretrain.engine.deepspeed import Engine
 from pretrain.engine.saving import Saver
 from pretrain.engine.world import World
 from pretrain.loop import spikes
+from pretrain.loop.host_memory import HostMemory
 from pretrain.loop.micro_batches import labels_of, micro_batches, row_checksum
 from pretrain.loop.passed_over import Rewind, row_after
 from pretrain.loop.signals import StopSignals
 from pretrain.loop.state import TrainState, last_step, total_tokens
+from pretrain.loop.stragglers import Stragglers
+from pretrain.loop.watchdog import Watchdog
 from pretrain.model.cost import TokenFlops
-from pretrain.model.depth import Depth, step_depths
+from pretrain.model.depth import WITH_GRAD_COST, Depth, step_depths
 from pretrain.model.loss import IGNORED
 from pretrain.optim.schedule import learning_rate
 
@@ -39,6 +42,9 @@ class Session:
     """This rank's rows of each step from a global row on."""
     state: TrainState
     stop: StopSignals
+    watch: Watchdog
+    stragglers: Stragglers
+    memory: HostMemory
     identity: dict[str, str]
     """Hashes of shards and tokenizer; kept in every checkpoint."""
     rewinds: list[Rewind] = field(default_factory=list)
@@ -86,7 +92,9 @@ def training_steps(session: Session) -> Iterator[StepRecord]:
 
 def _step(session: Session) -> StepRecord:
     config, world, state = session.config, session.world, session.state
+    watch, number = session.watch, state.step + 1
     started = time.monotonic()
+    watch.enter(number, "data")
     batch = session.next_batch()
     waited_s = time.monotonic() - started
     first_row, rate = state.rows, _learning_rate(config, state)
@@ -95,16 +103,22 @@ def _step(session: Session) -> StepRecord:
     )
     own = depths[batch.first_row - first_row :][: len(batch.tokens_BS)]
     num_labels = int((labels_of(batch, config.model.documents) != IGNORED).sum())
+    watch.enter(number, "count")
     (all_labels,) = world.sum([num_labels])
+    counted = time.monotonic()
     nats = _forward_and_backward(session, batch, own, scale=1 / max(all_labels, 1.0))
+    own_s = waited_s + time.monotonic() - counted
+    watch.enter(number, "reduce")
     should_stop, is_writing = session.stop.received is not None, session.saver.is_writing
     nats, checksum, waited_s, stopping, writing = world.sum(
         [nats, row_checksum(batch), waited_s, float(should_stop), float(is_writing)]
     )
     loss = nats / max(all_labels, 1.0)
     verdict = spikes.judge(state, loss, config.guards.spike)
+    watch.enter(number, "update")
     result = session.engine.step(rate, drops_update=verdict.drops_update)
     step_s = time.monotonic() - started
+    watch.enter(number, "after")
     spikes.note(state, loss, verdict, config.guards.spike)
     _advance(state, config, is_spike=verdict.is_spike, is_applied=result.is_applied, step_s=step_s)
     metrics = {
@@ -121,6 +135,8 @@ def _step(session: Session) -> StepRecord:
         "data/wait_s": waited_s / world.size,
         **_depth_metrics(depths),
         **_speed_metrics(config, world, depths, step_s),
+        **session.stragglers.add(own_s=own_s, work=_work(own)),
+        "memory/host_bytes": session.memory.measure(),
     }
     return StepRecord(
         state.step, state.tokens, metrics, should_stop=stopping > 0, has_written=writing == 0
@@ -143,6 +159,7 @@ def _forward_and_backward(
     """Gradients of scale * nats over this rank's rows; returns the nats."""
     config, engine = session.config, session.engine
     nats = torch.zeros((), dtype=torch.float64, device=session.world.device)
+    number = session.state.step + 1
     for micro in micro_batches(
         batch,
         depths,
@@ -151,6 +168,7 @@ def _forward_and_backward(
         seed=config.run.seed,
         device=session.world.device,
     ):
+        session.watch.enter(number, "forward")
         output = engine(
             micro.tokens_BT,
             micro.depths,
@@ -160,9 +178,15 @@ def _forward_and_backward(
             keep_logits=False,
         )
         assert output.nats is not None
+        session.watch.enter(number, "backward")
         engine.backward(output.nats, scale=scale)
         nats += output.nats.detach().double()
     return float(nats)
+
+
+def _work(depths: list[Depth]) -> float:
+    """Forward passes of the core, a backward pass being three."""
+    return float(sum(depth.no_grad + WITH_GRAD_COST * depth.with_grad for depth in depths))
 
 
 def _advance(

@@ -29,7 +29,9 @@ SRUN = {
 
 
 def test_ranks_come_from_torchrun() -> None:
-    assert find_place(TORCHRUN) == Place(rank=3, size=8, local_rank=1, meeting="env://")
+    assert find_place(TORCHRUN) == Place(
+        rank=3, size=8, local_rank=1, meeting="env://", host="somewhere"
+    )
 
 
 def test_torchrun_inside_a_slurm_step_wins() -> None:
@@ -38,7 +40,7 @@ def test_torchrun_inside_a_slurm_step_wins() -> None:
 
 def test_ranks_come_from_an_srun_step() -> None:
     place = find_place(SRUN)
-    assert place == Place(rank=3, size=4, local_rank=1, meeting="tcp://alpha:16242")
+    assert place == Place(rank=3, size=4, local_rank=1, meeting="tcp://alpha:16242", host="alpha")
 
 
 def test_address_and_port_can_be_chosen_under_slurm() -> None:

@@ -1,0 +1,81 @@
+"""Ranks that stand still are named, and the job ends so that it can be started again."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from lives import Life, check_same, finish
+
+from pretrain.errors import EXIT_STALLED
+
+pytestmark = pytest.mark.faults
+LIMIT = "guards.stall_s=2"
+
+
+@pytest.mark.parametrize("stopped", [1, 0])
+def test_a_rank_that_is_stopped_is_named_and_the_others_end(
+    workspace: Path, whole: Callable[[int], Path], stopped: int
+) -> None:
+    name = f"stopped-{stopped}"
+    with Life(workspace, name, LIMIT, ranks=3) as life:
+        life.until(lambda: life.has_step(3))
+        os.kill(life.processes[stopped].pid, signal.SIGSTOP)
+        started = time.monotonic()
+        others = [p for rank, p in enumerate(life.processes) if rank != stopped]
+        for process in others:
+            process.join(30)
+        assert [process.exitcode for process in others] == [EXIT_STALLED] * 2
+        assert time.monotonic() - started < 15
+        said = (life.run_dir / "stalls.jsonl").read_text()
+        assert f"rank {stopped} " in said
+        assert "silent" in said
+        stacks = life.run_dir / f"logs/rank-{2:05d}.stacks"
+        assert "pretrain/train.py" in stacks.read_text()
+    run_dir = finish(workspace, name, ranks=3)
+    check_same(run_dir, whole(3))
+
+
+def test_a_rank_that_waits_for_data_is_named_with_its_phase(
+    workspace: Path, whole: Callable[[int], Path]
+) -> None:
+    """The reader of one rank is stopped: that rank waits for rows, the other for that rank."""
+    name = "starved"
+    with Life(workspace, name, LIMIT, "data.loader_workers=1", ranks=2) as life:
+        life.until(lambda: life.has_step(3))
+        (reader,) = children_of(life.processes[1].pid)
+        os.kill(reader, signal.SIGSTOP)
+        try:
+            assert life.wait(40) == [EXIT_STALLED] * 2
+        finally:
+            os.kill(reader, signal.SIGKILL)
+        said = (life.run_dir / "stalls.jsonl").read_text()
+        assert "1 of 2 ranks hold up the others: rank 1 on " in said
+        assert "is in data of step" in said
+        assert "The others wait in count of step" in said
+    check_same(finish(workspace, name, ranks=2), whole(2))
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_slow_is_not_still(workspace: Path, whole: Callable[[int], Path]) -> None:
+    """Ranks that are stopped for shorter than the limit, over and over, raise no alarm."""
+    name = "slow"
+    with Life(workspace, name, "guards.stall_s=3", ranks=2) as life:
+        life.until(lambda: life.has_step(2))
+        for _ in range(4):
+            for process in life.processes:
+                if process.is_alive():
+                    os.kill(process.pid, signal.SIGSTOP)
+            time.sleep(0.5)
+            for process in life.processes:
+                if process.is_alive():
+                    os.kill(process.pid, signal.SIGCONT)
+            time.sleep(0.1)
+        assert life.wait() == [0, 0], life.said()
+    assert not (life.run_dir / "stalls.jsonl").exists()
+    check_same(life.run_dir, whole(2))

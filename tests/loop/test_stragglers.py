@@ -1,0 +1,32 @@
+"""A slow rank is found by its time for equal work, not by its time."""
+
+from pathlib import Path
+
+from pretrain.engine.world import World
+from pretrain.loop.guard_config import GuardConfig
+from pretrain.loop.stragglers import Stragglers
+from pretrain.testing import load_module, run_ranks
+
+RANKS = load_module(Path(__file__).with_name("watch_ranks.py"))
+
+
+def test_the_rank_that_is_slow_at_its_own_work_is_named() -> None:
+    # rank 2 has the most work; rank 1 is the slow one
+    outcomes = run_ranks(RANKS.one_is_slow, 3, 1)
+    for rank, (found, said) in enumerate(outcomes):
+        assert [bool(metrics) for metrics in found] == [False, False, False, True] * 2
+        assert found[3]["ranks/slowest"] == 1
+        assert 1.5 < found[3]["ranks/slowest_ratio"] < 3
+        assert len(said) == (2 if rank == 0 else 0)
+    assert "rank 1 on " in outcomes[0][1][0]
+    assert "rank 2" not in outcomes[0][1][0]
+
+
+def test_equal_ranks_are_not_blamed() -> None:
+    outcomes = run_ranks(RANKS.one_is_slow, 3, 99)
+    assert outcomes[0][1] == []
+
+
+def test_a_rank_alone_is_nobodys_straggler() -> None:
+    alone = Stragglers(World(0, 1, 0, None), GuardConfig(straggler_every_steps=1))
+    assert alone.add(own_s=9.0, work=1.0) == {}
