@@ -48,6 +48,7 @@ FIXED_FOR_A_RUN = (
     "run.seed",
     "data.sources",
     "data.window_shards",
+    "data.milestones",
     "optimizer.name",
     "tokenizer.vocabulary_size",
 )

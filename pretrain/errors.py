@@ -29,6 +29,10 @@ class DataError(PretrainError):
     exit_code = EXIT_DATA
 
 
+class DamageError(DataError):
+    """Stored rows are missing or not what the manifest says; data.on_damage decides."""
+
+
 class CheckpointError(PretrainError):
     """A checkpoint or run folder is damaged, or belongs to another run."""
 

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import torch
 
-from pretrain.config import ExportConfig, TrainConfig
+from pretrain.config import ExportConfig
 from pretrain.data.manifest import Manifest
-from pretrain.data.mixture import PERIOD
 from pretrain.data.store import open_manifest, train_order
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.engine.checkpoint import load_weights, read_optimizer_steps
@@ -68,7 +67,7 @@ def _card(trained: Trained, tokenizer: Tokenizer) -> str:
         tokenizer,
         parameters=sum(parameter.numel() for parameter in trained.model.parameters()),
         manifest=manifest,
-        shares={} if manifest is None else _shares(trained.config, manifest),
+        shares={} if manifest is None else _shares(trained, manifest),
     )
 
 
@@ -86,7 +85,12 @@ def _manifest(trained: Trained) -> Manifest | None:
     return manifest
 
 
-def _shares(config: TrainConfig, manifest: Manifest) -> dict[str, float]:
-    order = train_order(config.data, manifest, config.run.seed)
-    names = [source.name for source in manifest.sources]
-    return {name: n / PERIOD for name, n in zip(names, order.mixture.shares, strict=True)}
+def _shares(trained: Trained, manifest: Manifest) -> dict[str, float]:
+    """Of the rows that the run has read so far."""
+    order = train_order(trained.config.data, manifest, trained.config.run.seed)
+    rows = trained.state["train"]["rows"]
+    counts = order.mixture.counts(rows).tolist()
+    return {
+        source.name: count / max(rows, 1)
+        for source, count in zip(manifest.sources, counts, strict=True)
+    }

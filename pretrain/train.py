@@ -19,6 +19,7 @@ from pretrain.data.loader import (
     stream_batches,
     valid_rows,
 )
+from pretrain.data.store import check_epochs, train_order
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.engine.checkpoint import (
     load_checkpoint,
@@ -218,6 +219,8 @@ def _check_data(config: TrainConfig, world: World) -> tuple[dict[str, str], Batc
         vocabulary_size=config.model.vocabulary_size,
         tokenizer_sha256=tokenizer.sha256,
     )
+    order = train_order(config.data, manifest, config.run.seed)
+    check_epochs(config.data, manifest, order, config.total_steps * config.rows_per_step)
     held_out = valid_rows(
         config.data, rows=config.validation.rows, rank=world.rank, ranks=world.size
     )

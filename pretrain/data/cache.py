@@ -19,7 +19,7 @@ from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
-from pretrain.errors import DataError
+from pretrain.errors import DamageError, DataError
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def _chunks(url: str) -> Iterator[bytes]:
             while chunk := remote.read(CHUNK_BYTES):
                 yield chunk
     except FileNotFoundError as error:
-        raise DataError(f"{url} does not exist; check data.shards.") from error
+        raise DamageError(f"{url} does not exist; check data.shards.") from error
     except urllib.error.HTTPError as error:
         # 408 and 429 ask for another try, 5xx are the server's trouble
         if error.code in (408, 429) or error.code >= 500:
@@ -138,20 +138,25 @@ class ShardCache:
 
     def _download(self, url: str, path: Path, *, sha256: str, size: int) -> None:
         for attempt in range(1, ATTEMPTS + 1):
-            problem = self._try_download(url, path, sha256=sha256, size=size)
-            if problem is None:
+            try:
+                self._try_download(url, path, sha256=sha256, size=size)
                 return
+            except DamageError as error:
+                problem: DataError = error
+            except OSError as error:
+                problem = DataError(f"{type(error).__name__}: {error}")
             log.warning("%s: %s (attempt %d of %d)", url, problem, attempt, ATTEMPTS)
             if attempt < ATTEMPTS:
                 wait_s = self._retry_wait_s * 2 ** (attempt - 1)
                 time.sleep(wait_s * random.SystemRandom().uniform(0.5, 1.5))
-        raise DataError(
+        # what arrives but is wrong is damage; what does not arrive says nothing about the shard
+        raise type(problem)(
             f"{url} could not be copied in {ATTEMPTS} attempts: {problem}. Check the network and "
             "that the manifest belongs to these shards."
         )
 
-    def _try_download(self, url: str, path: Path, *, sha256: str, size: int) -> str | None:
-        """What was wrong, or None if the copy is published."""
+    def _try_download(self, url: str, path: Path, *, sha256: str, size: int) -> None:
+        """Raises DamageError for another content, OSError for what may pass."""
         # named without a process id: under the lock there is one writer, and it starts anew
         temporary = path.with_suffix(".part")
         digest, received = hashlib.sha256(), 0
@@ -164,12 +169,11 @@ class ShardCache:
                 output.flush()
                 os.fsync(output.fileno())
             if received != size or digest.hexdigest() != sha256:
-                return (
+                raise DamageError(
                     f"received {received} bytes with sha256 {digest.hexdigest()[:16]}..., "
                     f"the manifest says {size} with {sha256[:16]}..."
                 )
             self._publish(temporary, path, size)
-            return None
         except OSError as error:
             if error.errno == ENOSPC:
                 free = shutil.disk_usage(self._folder).free
@@ -177,6 +181,6 @@ class ShardCache:
                     f"No space for {url} in data.cache={self._folder}: {size} bytes needed, {free} "
                     "free; lower data.cache_bytes below what the disk has, or choose another disk."
                 ) from error
-            return f"{type(error).__name__}: {error}"
+            raise
         finally:
             temporary.unlink(missing_ok=True)

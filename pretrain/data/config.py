@@ -20,6 +20,8 @@ class SourceConfig:
 
     paths: list[str] = field(default_factory=list)
     """Globs below data.root (** allowed); the embedded corpus takes none."""
+    max_epochs: float | None = None
+    """A run that would read the source more often than this does not start; null: any number."""
     weight: float | None = None
     """Share of training rows, relative to the other sources; null for all: by their tokens."""
     text_key: str | None = None
@@ -34,6 +36,40 @@ class SourceConfig:
             raise ConfigError(
                 f"A source's weight is {self.weight}; it must be a number of 0 or more, or null."
             )
+        if self.max_epochs is not None and not 0 < self.max_epochs < math.inf:
+            raise ConfigError(f"A source's max_epochs is {self.max_epochs}; it must be above 0.")
+
+
+@dataclass(kw_only=True, slots=True)
+class MilestoneConfig:
+    """Other shares of the sources, from some point of the run on."""
+
+    from_tokens: int
+    """Tokens of the run before the change; rounded up to whole rows."""
+    weights: dict[str, float]
+    """The share of every source; 0: not read."""
+
+    def __post_init__(self) -> None:
+        if self.from_tokens < 1:
+            raise ConfigError(
+                f"data.milestones: from_tokens={self.from_tokens} must be at least 1; the shares "
+                "at the start are those of data.sources."
+            )
+        if not all(math.isfinite(weight) and weight >= 0 for weight in self.weights.values()):
+            raise ConfigError(
+                f"data.milestones: weights={self.weights} must be numbers of 0 or more."
+            )
+
+    def first_row(self, context: int) -> int:
+        """The global row from which on the weights hold."""
+        return -(-self.from_tokens // context)
+
+
+class OnDamage(Enum):
+    """What happens when stored rows are missing or not what the manifest says."""
+
+    error = "error"
+    quarantine = "quarantine"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -70,6 +106,12 @@ class DataConfig:
     """Processes that read rows for one rank; 0: the training process reads them itself."""
     window_shards: int = 16
     """Shards whose rows are shuffled together."""
+    milestones: list[MilestoneConfig] = field(default_factory=list)
+    """Other shares of the sources from later points of the run on, ascending."""
+    on_damage: OnDamage = OnDamage.error
+    """error: stop; quarantine: damaged rows become padding, are counted and named."""
+    quarantine_rows: int = 1000
+    """Stop when so many rows of the run have been lost (on_damage: quarantine)."""
     cache: str = ""
     """Folder for copies of remote shards on this node; needed if shards is a URL."""
     cache_bytes: int = 200_000_000_000
@@ -95,7 +137,10 @@ class DataConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name}={getattr(self, name)} must be at least 1.")
-        for name in ("build_workers", "loader_workers"):
+        starts = [milestone.from_tokens for milestone in self.milestones]
+        if starts != sorted(set(starts)):
+            raise ConfigError(f"data.milestones begin at {starts} tokens; they must ascend.")
+        for name in ("build_workers", "loader_workers", "quarantine_rows"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"data.{name}={getattr(self, name)} must be 0 or more.")
 

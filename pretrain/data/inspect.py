@@ -10,7 +10,6 @@ from rich.table import Table
 
 from pretrain.config import InspectTrainConfig
 from pretrain.data.manifest import Manifest
-from pretrain.data.mixture import PERIOD
 from pretrain.data.order import Order
 from pretrain.data.shards import RowBytes
 from pretrain.data.store import ShardStore, check_tokenizer, open_manifest, train_order
@@ -53,20 +52,15 @@ def mixture_table(manifest: Manifest, order: Order, rows: int) -> Table:
     table.add_column("source")
     for name in ("share", "rows", "rows there are", "epochs"):
         table.add_column(name, justify="right")
-    periods = rows // PERIOD
-    rest, _ = order.mixture.place(np.arange(rows % PERIOD))
-    in_rest = np.bincount(rest, minlength=len(manifest.sources))
-    for source, share, remainder in zip(
-        manifest.sources, order.mixture.shares, in_rest.tolist(), strict=True
-    ):
-        taken = periods * share + remainder
+    counts, epochs = order.mixture.counts(rows).tolist(), order.epochs(rows)
+    for source, taken, over in zip(manifest.sources, counts, epochs, strict=True):
         held = source.totals("train").rows
         table.add_row(
             source.name,
-            f"{share / PERIOD:.2%}",
+            f"{taken / max(rows, 1):.2%}",
             f"{taken:,}",
             f"{held:,}",
-            f"{taken / held:.3f}" if held else "-",
+            f"{over:.3f}" if held else "-",
         )
     return table
 

@@ -22,6 +22,8 @@ from pretrain.data.config import DataConfig
 from pretrain.data.manifest import Manifest
 from pretrain.data.mixture import apportion
 from pretrain.data.order import Order, SourceOrder
+from pretrain.data.prefetch import Prefetch
+from pretrain.data.shards import RowBytes
 from pretrain.data.store import (
     ShardStore,
     check_tokenizer,
@@ -39,6 +41,8 @@ log = logging.getLogger(__name__)
 ADDRESSED_ROWS = 1024
 VALID_SEED = 0
 
+Ints = npt.NDArray[np.int64]
+
 Sample = dict[str, Any]
 
 
@@ -52,6 +56,8 @@ class Batch:
     """int64 [rows, context + 1]"""
     documents_BS: torch.Tensor
     """int64 [rows, context + 1] number of the piece of a document inside the row, -1: padding"""
+    lost: tuple[tuple[int, str], ...] = ()
+    """Global row and member of each row that was damaged and is padding now."""
 
 
 class StoredRows(NamedTuple):
@@ -60,6 +66,7 @@ class StoredRows(NamedTuple):
     first_row: int
     tokens: npt.NDArray[np.unsignedinteger]
     lengths: list[npt.NDArray[np.uint32]]
+    lost: list[tuple[int, str]]
 
 
 class Steps(NamedTuple):
@@ -87,25 +94,41 @@ class Steps(NamedTuple):
 class RowStream(IterableDataset[Sample]):
     """The source stage: the rows of a rank, read and verified, as webdataset samples."""
 
-    def __init__(self, store: ShardStore, order: Order, steps: Steps) -> None:
+    def __init__(self, store: ShardStore, order: Order, steps: Steps, padding: bytes) -> None:
+        """`padding`: the tokens of a row that is lost."""
         super().__init__()
         self._store, self._order, self._steps = store, order, steps
+        self._padding = padding
 
     def __iter__(self) -> Iterator[Sample]:
-        """Samples with the keys __key__, __url__, row, tokens, lengths; the last two are bytes."""
+        """Samples with the keys __key__, __url__, row, tokens, lengths, lost.
+
+        tokens and lengths are bytes; lost is the member of a damaged row, else empty.
+        """
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         first_rows = self._steps.first_rows(worker, workers)
+        with Prefetch(self._store) as prefetch:
+            coming = self._addresses(first_rows)
+            while True:
+                rows, addresses = coming
+                coming = self._addresses(first_rows)
+                prefetch.want(coming[1])
+                for row, address in zip(rows.tolist(), addresses.tolist(), strict=True):
+                    yield self._sample(row, *address)
+
+    def _addresses(self, first_rows: Iterator[int]) -> tuple[Ints, Ints]:
+        """The next rows of this rank, and where each is stored: [rows, 4]."""
         steps_at_once = -(-ADDRESSED_ROWS // self._steps.rows)
-        while True:
-            starts = np.array([next(first_rows) for _ in range(steps_at_once)])
-            rows = (starts[:, None] + np.arange(self._steps.rows)).reshape(-1)
-            addresses = np.stack(self._order.addresses(rows), axis=1)
-            for row, address in zip(rows.tolist(), addresses.tolist(), strict=True):
-                yield self._sample(row, *address)
+        starts = np.array([next(first_rows) for _ in range(steps_at_once)])
+        rows = (starts[:, None] + np.arange(self._steps.rows)).reshape(-1)
+        return rows, np.stack(self._order.addresses(rows), axis=1)
 
     def _sample(self, global_row: int, source: int, epoch: int, shard: int, row: int) -> Sample:
-        stored = self._store.read(source, shard, row)
+        stored = self._store.read_or_quarantine(source, shard, row)
+        lost = stored if isinstance(stored, str) else ""
+        if isinstance(stored, str):
+            stored = RowBytes(self._padding, b"")
         name = self._store.name(source, shard)
         return {
             "__key__": f"{name}/{row}/{epoch}",
@@ -113,6 +136,7 @@ class RowStream(IterableDataset[Sample]):
             "row": global_row,
             "tokens": stored.tokens,
             "lengths": stored.lengths,
+            "lost": lost,
         }
 
 
@@ -133,7 +157,9 @@ def stream_batches(
     manifest = open_manifest(config)
     store = ShardStore(config, manifest, "train")
     steps = Steps(first_row, rows_per_step, rank, ranks)
-    rows = RowStream(store, train_order(config, manifest, seed), steps)
+    pad = np.array(manifest.tokenizer.special["pad"], dtype=manifest.dtype)
+    padding = np.tile(pad, manifest.context + 1).tobytes()
+    rows = RowStream(store, train_order(config, manifest, seed), steps, padding)
     pipeline = wds.DataPipeline(
         rows,
         wds.map(_Decode(manifest)),
@@ -196,6 +222,7 @@ def _collate(samples: list[Sample]) -> StoredRows:
         samples[0]["row"],
         np.stack([sample["tokens"] for sample in samples]),
         [sample["lengths"] for sample in samples],
+        [(sample["row"], sample["lost"]) for sample in samples if sample["lost"]],
     )
 
 
@@ -204,7 +231,12 @@ def _batch(stored: StoredRows) -> Batch:
     documents = np.full(tokens.shape, -1, dtype=np.int64)
     for row, lengths in zip(documents, stored.lengths, strict=True):
         row[: lengths.sum()] = np.repeat(np.arange(len(lengths)), lengths)
-    return Batch(stored.first_row, torch.from_numpy(tokens), torch.from_numpy(documents))
+    return Batch(
+        stored.first_row,
+        torch.from_numpy(tokens),
+        torch.from_numpy(documents),
+        tuple(stored.lost),
+    )
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
@@ -238,8 +270,8 @@ def valid_rows(config: DataConfig, *, rows: int, rank: int, ranks: int) -> Batch
     store.close()
     if not read:
         empty = np.zeros((0, manifest.context + 1), dtype=manifest.dtype)
-        return _batch(StoredRows(start, empty, []))
-    samples = [decode({"row": start, **stored._asdict()}) for stored in read]
+        return _batch(StoredRows(start, empty, [], []))
+    samples = [decode({"row": start, "lost": "", **stored._asdict()}) for stored in read]
     return _batch(_collate(samples))
 
 

@@ -7,6 +7,7 @@ Source: R. Tijdeman, The chairman assignment problem, Discrete Mathematics 32 (1
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -83,3 +84,45 @@ class Mixture:
         period, inside = np.divmod(rows, PERIOD)
         source = self._source[inside]
         return source, period * np.array(self.shares)[source] + self._before[inside]
+
+    def counts(self, rows: int) -> Ints:
+        """Rows of each source among the first so many."""
+        periods, rest = divmod(rows, PERIOD)
+        in_rest = np.bincount(self._source[:rest], minlength=len(self.shares))
+        return periods * np.array(self.shares, dtype=np.int64) + in_rest.astype(np.int64)
+
+
+class Phases:
+    """Mixtures that follow one another; each source goes on where the phase before left it."""
+
+    def __init__(self, phases: Sequence[tuple[int, Mixture]]) -> None:
+        """`phases`: the global row that each begins at, ascending from 0, and its mixture."""
+        assert phases[0][0] == 0
+        self.phases = list(phases)
+        self._starts = np.array([start for start, _ in phases], dtype=np.int64)
+        taken = np.zeros(len(phases[0][1].shares), dtype=np.int64)
+        self._taken = [taken]
+        for (start, mixture), (end, _) in pairwise(phases):
+            taken = taken + mixture.counts(end - start)
+            self._taken.append(taken)
+
+    def number(self, row: int) -> int:
+        """Which phase a global row belongs to, from 0."""
+        return int(np.searchsorted(self._starts, row, side="right")) - 1
+
+    def place(self, rows: Ints) -> tuple[Ints, Ints]:
+        """Source of each global row, and the number of its rows before that one."""
+        numbers = np.searchsorted(self._starts, rows, side="right") - 1
+        sources, taken = np.empty_like(rows), np.empty_like(rows)
+        for number in np.unique(numbers).tolist():
+            mine = numbers == number
+            start, mixture = self.phases[number]
+            source, before = mixture.place(rows[mine] - start)
+            sources[mine], taken[mine] = source, before + self._taken[number][source]
+        return sources, taken
+
+    def counts(self, rows: int) -> Ints:
+        """Rows of each source among the first so many of the run."""
+        number = self.number(max(rows - 1, 0))
+        start, mixture = self.phases[number]
+        return self._taken[number] + mixture.counts(rows - start)

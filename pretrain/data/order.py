@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.data.mixture import Mixture
+from pretrain.data.mixture import Mixture, Phases
 
 Ints = npt.NDArray[np.int64]
 
@@ -123,7 +123,8 @@ class SourceOrder:
 class Order:
     """The order of all rows of a run.
 
-    `shard_rows` has, by source, the rows of each of its shards; `weights` its share.
+    `shard_rows` has, by source, the rows of each of its shards; `weights` its share, and
+    `milestones` the shares from later global rows on.
     """
 
     def __init__(
@@ -133,11 +134,21 @@ class Order:
         *,
         seed: int,
         window_shards: int,
+        milestones: Sequence[tuple[int, Sequence[float]]] = (),
     ) -> None:
-        self.mixture = Mixture(weights)
+        phases = [(0, weights), *milestones]
+        self.mixture = Phases([(row, Mixture(of_phase)) for row, of_phase in phases])
         self.sources = [
             SourceOrder(name, rows, seed=seed, window_shards=window_shards)
             for name, rows in shard_rows.items()
+        ]
+
+    def epochs(self, rows: int) -> list[float]:
+        """How often each source has been read through after so many rows of the run."""
+        counts = self.mixture.counts(rows).tolist()
+        return [
+            count / source.rows if source.rows else 0.0
+            for count, source in zip(counts, self.sources, strict=True)
         ]
 
     def address(self, global_row: int) -> RowAddress:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pretrain.data.manifest import Manifest, ShardManifest
-from pretrain.errors import DataError
+from pretrain.errors import DamageError
 
 TAR_BLOCK = 512
 # tarfile fills the end of an archive up to this
@@ -115,7 +115,7 @@ class ShardReader:
         self._is_verified = np.zeros(self.layout.members, dtype=bool)
 
     def read(self, row: int) -> RowBytes:
-        """Row `row` of the shard. Raises DataError if its member is damaged."""
+        """Row `row` of the shard. Raises DamageError if its member is damaged."""
         member, inside = divmod(row, self.layout.rows_per_member)
         if not self._is_verified[member]:
             self.verify_member(member)
@@ -147,7 +147,7 @@ class ShardReader:
         ]
         actual = zlib.crc32(content)
         if actual != expected:
-            raise DataError(
+            raise DamageError(
                 f"{self.shard.name}: member {member:06d}.{kind}.npy is damaged: its CRC32 is "
                 f"{actual:08x}, the manifest says {expected:08x}. Copy {self._find()} again (in "
                 "data.cache: remove it), or remove the shard folder and build again; "
@@ -158,7 +158,7 @@ class ShardReader:
     def _bytes(self, offset: int, size: int) -> bytes:
         content = os.pread(self._descriptor(), size, offset)
         if len(content) != size:
-            raise DataError(
+            raise DamageError(
                 f"{self.shard.name}: {size} bytes wanted at offset {offset}, {len(content)} there; "
                 "the file became shorter while it was read."
             )
@@ -176,7 +176,7 @@ class ShardReader:
             size = os.fstat(file).st_size
             if size != self.shard.bytes or size != self.layout.shard_bytes:
                 os.close(file)
-                raise DataError(
+                raise DamageError(
                     f"{self.shard.name} has {size} bytes, the manifest says {self.shard.bytes}: "
                     "it is truncated or another file. Copy it again, or remove the folder and "
                     "build again."
@@ -192,7 +192,7 @@ class ShardReader:
                 return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
                 continue
-        raise DataError(
+        raise DamageError(
             f"{self.shard.name} is missing (looked at {path}); copy it again from where the shards "
             "were built, or remove the folder and build again."
         )

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pretrain.data.cache import ShardCache, is_url, read_remote
-from pretrain.data.config import DataConfig
+from pretrain.data.config import DataConfig, OnDamage
 from pretrain.data.manifest import MANIFEST_FILE, Manifest, ShardManifest, read_manifest
 from pretrain.data.mixture import PERIOD
 from pretrain.data.order import Order
 from pretrain.data.shards import RowBytes, ShardReader
-from pretrain.errors import ConfigError, DataError
+from pretrain.errors import ConfigError, DamageError, DataError
 
 log = logging.getLogger(__name__)
 
@@ -86,12 +86,17 @@ def source_weights(config: DataConfig, manifest: Manifest) -> dict[str, float]:
 
 
 def train_order(config: DataConfig, manifest: Manifest, seed: int) -> Order:
-    """The order in which a run reads the train split. Raises DataError for an empty source."""
+    """The order in which a run reads the train split.
+
+    Raises DataError for a source without rows, ConfigError for milestones of other sources.
+    """
     weights = source_weights(config, manifest)
+    phases = [(0, weights), *_milestones(config, list(weights))]
     for source in manifest.sources:
-        if weights[source.name] > 0 and not source.train:
+        largest = max(of_phase[source.name] for _, of_phase in phases)
+        if largest > 0 and not source.train:
             raise DataError(
-                f"Source {source.name} has the weight {weights[source.name]} but no train rows; "
+                f"Source {source.name} has the weight {largest} but no train rows; "
                 "give it the weight 0, or give it text and build again."
             )
     order = Order(
@@ -99,9 +104,53 @@ def train_order(config: DataConfig, manifest: Manifest, seed: int) -> Order:
         list(weights.values()),
         seed=seed,
         window_shards=config.window_shards,
+        milestones=[(row, list(of_phase.values())) for row, of_phase in phases[1:]],
     )
-    _warn_of_lifted(weights, order.mixture.shares)
+    for (_, of_phase), (_, mixture) in zip(phases, order.mixture.phases, strict=True):
+        _warn_of_lifted(of_phase, mixture.shares)
     return order
+
+
+def _milestones(config: DataConfig, names: list[str]) -> list[tuple[int, dict[str, float]]]:
+    """First global row and weights of each milestone, in the order of the sources."""
+    found = []
+    for milestone in config.milestones:
+        if set(milestone.weights) != set(names):
+            raise ConfigError(
+                f"data.milestones from {milestone.from_tokens:,} tokens on gives weights to "
+                f"{', '.join(sorted(milestone.weights))}; the shards have {', '.join(names)}. Name "
+                "each of them, with the weight 0 if it is not to be read."
+            )
+        row = milestone.first_row(config.context)
+        found.append((row, {name: milestone.weights[name] for name in names}))
+    return found
+
+
+# Repeated text teaches almost as much as new text up to here (arXiv 2305.16264).
+_USUAL_EPOCHS = 4.0
+
+
+def check_epochs(config: DataConfig, manifest: Manifest, order: Order, rows: int) -> None:
+    """Refuse a run of so many rows that would read a source more often than it may.
+
+    Raises ConfigError; warns of sources that are read often and have no limit.
+    """
+    for source, epochs in zip(manifest.sources, order.epochs(rows), strict=True):
+        configured = config.sources.get(source.name)
+        limit = None if configured is None else configured.max_epochs
+        if limit is not None and epochs > limit:
+            raise ConfigError(
+                f"data.sources.{source.name}.max_epochs={limit:g}, but {rows:,} rows of this "
+                f"mixture read its {source.totals('train').rows:,} rows {epochs:.2f} times. Give "
+                "it a smaller weight, or more text, or shorten the run."
+            )
+        if limit is None and epochs > _USUAL_EPOCHS:
+            log.warning(
+                "source %s will be read %.1f times; set data.sources.%s.max_epochs to have a limit",
+                source.name,
+                epochs,
+                source.name,
+            )
 
 
 def _warn_of_lifted(weights: dict[str, float], shares: list[int]) -> None:
@@ -138,12 +187,42 @@ class ShardStore:
                     "node's own disk for copies of its shards."
                 )
             self._cache = ShardCache(Path(config.cache), config.cache_bytes)
+            self._warn_of_thrashing(config)
         # all that were touched keep what they have verified; the last ones keep their file open
         self._readers: dict[tuple[int, int], ShardReader] = {}
         self._open: OrderedDict[tuple[int, int], ShardReader] = OrderedDict()
+        self._quarantines = config.on_damage is OnDamage.quarantine
+        self._damage: dict[tuple[int, int, int], str] = {}
+
+    def read_or_quarantine(self, source: int, shard: int, row: int) -> RowBytes | str:
+        """One row; with data.on_damage=quarantine the name of its member if that is damaged.
+
+        All rows of the member are lost then, on whichever rank and in whichever order they are
+        read. A member is warned of once.
+        """
+        member = row // self._manifest.rows_per_member
+        place = (source, shard, member)
+        if place not in self._damage:
+            try:
+                return self.read(source, shard, row)
+            except DamageError as error:
+                if not self._quarantines:
+                    raise
+                self._damage[place] = f"{self.name(source, shard)}/{member:06d}"
+                log.warning("quarantine of %s: %s", self._damage[place], error)
+        return self._damage[place]
+
+    def fetch(self, source: int, shard: int) -> None:
+        """Bring a remote shard into the cache, if it is not there. Raises DataError."""
+        self._finder(self._shards[source][shard])()
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether shards come through the node's cache."""
+        return self._cache is not None
 
     def read(self, source: int, shard: int, row: int) -> RowBytes:
-        """One row. Raises DataError if its shard is missing or damaged."""
+        """One row. Raises DamageError if its shard is missing or damaged."""
         place = (source, shard)
         if place not in self._readers:
             self._readers[place] = self.reader(source, shard)
@@ -161,6 +240,22 @@ class ShardStore:
     def name(self, source: int, shard: int) -> str:
         """The shard's path below data.shards."""
         return self._shards[source][shard].name
+
+    def _warn_of_thrashing(self, config: DataConfig) -> None:
+        """A window that does not fit is downloaded again and again."""
+        needed = sum(
+            sum(sorted((shard.bytes for shard in shards), reverse=True)[: config.window_shards])
+            for shards in self._shards
+        )
+        if needed > config.cache_bytes:
+            log.warning(
+                "data.cache_bytes=%s cannot hold the windows that are read together (%s bytes: "
+                "data.window_shards=%d of each source), so shards will be downloaded more than "
+                "once; raise it, or lower data.window_shards.",
+                f"{config.cache_bytes:,}",
+                f"{needed:,}",
+                config.window_shards,
+            )
 
     def close(self) -> None:
         """Give all file descriptors back."""

@@ -3,6 +3,7 @@
 config.yaml           the frozen configuration
 metrics.jsonl         one object per step and per validation
 metrics.discarded.jsonl   records of steps that a later life took again, or that were taken back
+quarantine.jsonl      rows that damage has cost (data.on_damage=quarantine)
 rewinds.jsonl         which rows were passed over after loss spikes
 stalls.jsonl          who held up the others when a life stood still
 checkpoints/          whole checkpoints, `latest`, tags/ that keep some, damaged/ set aside

@@ -27,6 +27,8 @@ class TrainState:
     """How many of the last steps were spikes or had no update."""
     good_losses: list[float] = dataclasses.field(default_factory=list)
     """Losses that the next one is compared with, in nats."""
+    lost_rows: int = 0
+    """Damaged rows that were padding instead (data.on_damage=quarantine)."""
     lives: int = 0
     """Times the run was started or resumed."""
     trained_s: float = 0.0

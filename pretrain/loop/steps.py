@@ -18,6 +18,7 @@ from pretrain.engine.saving import Saver
 from pretrain.engine.world import World
 from pretrain.loop import spikes
 from pretrain.loop.host_memory import HostMemory
+from pretrain.loop.lost_rows import note_lost_rows
 from pretrain.loop.micro_batches import labels_of, micro_batches, row_checksum
 from pretrain.loop.passed_over import Rewind, row_after
 from pretrain.loop.signals import StopSignals
@@ -110,10 +111,15 @@ def _step(session: Session) -> StepRecord:
     own_s = waited_s + time.monotonic() - counted
     watch.enter(number, "reduce")
     should_stop, is_writing = session.stop.received is not None, session.saver.is_writing
-    nats, checksum, waited_s, stopping, writing = world.sum(
-        [nats, row_checksum(batch), waited_s, float(should_stop), float(is_writing)]
+    nats, checksum, waited_s, stopping, writing, lost = world.sum(
+        [nats, row_checksum(batch), waited_s, should_stop, is_writing, len(batch.lost)]
     )
+    if lost:
+        note_lost_rows(config, world, state, batch)
     loss = nats / max(all_labels, 1.0)
+    if _changes_mixture(config, first_row):
+        # another mixture has another loss: nothing to compare it with
+        state.good_losses.clear()
     verdict = spikes.judge(state, loss, config.guards.spike)
     watch.enter(number, "update")
     result = session.engine.step(rate, drops_update=verdict.drops_update)
@@ -133,6 +139,7 @@ def _step(session: Session) -> StepRecord:
         "data/checksum": checksum,
         "data/valid_tokens": all_labels,
         "data/wait_s": waited_s / world.size,
+        "data/lost_rows": state.lost_rows,
         **_depth_metrics(depths),
         **_speed_metrics(config, world, depths, step_s),
         **session.stragglers.add(own_s=own_s, work=_work(own)),
@@ -141,6 +148,12 @@ def _step(session: Session) -> StepRecord:
     return StepRecord(
         state.step, state.tokens, metrics, should_stop=stopping > 0, has_written=writing == 0
     )
+
+
+def _changes_mixture(config: TrainConfig, first_row: int) -> bool:
+    """Whether a milestone of the data begins in the step."""
+    rows = range(first_row, first_row + config.rows_per_step)
+    return any(m.first_row(config.data.context) in rows for m in config.data.milestones)
 
 
 def _learning_rate(config: TrainConfig, state: TrainState) -> float:

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -215,7 +216,8 @@ def test_workers_do_not_outlive_a_killed_parent(make_shards, tmp_path):
         next(stream)
         print(*[child.pid for child in multiprocessing.active_children()], flush=True)
         time.sleep(600)
-    """).replace("<Corpus.files: 'files'>", "Corpus.files")
+    """)
+    program = re.sub(r"<(\w+\.\w+): '\w+'>", r"\1", program)
     with subprocess.Popen(
         [sys.executable, "-c", program],
         stdout=subprocess.PIPE,

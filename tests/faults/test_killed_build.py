@@ -1,0 +1,58 @@
+"""A build that is killed at any moment is taken up again, and gives the same bytes."""
+
+import hashlib
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import SMALL
+from pretrain.testing import start_commands
+
+pytestmark = pytest.mark.faults
+KILLS = 6
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def run(workspace: Path, tmp_path: Path, command: str, *, kill_after_s: float | None) -> float:
+    """One life of a data command; how long it took, or -1 if it was killed."""
+    started = time.monotonic()
+    (process,) = start_commands(
+        1,
+        ["data", command, *SMALL, f"data.shards={tmp_path}/shards",
+         f"tokenizer.path={tmp_path}/tokenizer", "data.build_workers=2"],
+        cwd=workspace,
+        output=tmp_path / "said",
+    )  # fmt: skip
+    process.join(60 if kill_after_s is None else kill_after_s)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return -1.0
+    assert process.exitcode == 0, (tmp_path / "said/0.txt").read_text()
+    return time.monotonic() - started
+
+
+def test_kills_during_tokenizer_and_build_change_no_byte(workspace: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    lasts = {c: run(workspace, whole, c, kill_after_s=None) for c in ("tokenizer", "build")}
+    draw, killed = random.Random(0), 0
+    for number in range(KILLS):
+        folder = tmp_path / str(number)
+        for command, seconds in lasts.items():
+            for _ in range(2):
+                killed += (
+                    run(workspace, folder, command, kill_after_s=draw.uniform(0.1, seconds)) < 0
+                )
+            run(workspace, folder, command, kill_after_s=None)
+        for name in ("tokenizer", "shards"):
+            assert hashes(folder / name) == hashes(whole / name)
+    assert killed >= KILLS

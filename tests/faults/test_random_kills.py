@@ -1,0 +1,97 @@
+"""Kills at random moments of random ranks, life after life: the run ends as if there were none."""
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from lives import GRACE_S, STEPS, Life, check_same, finish, read_steps
+
+pytestmark = pytest.mark.faults
+# Lives of one run; each ends by a kill, then one ends by itself.
+KILLS_PER_RUN = 5
+RUNS_IN_FULL = 42
+
+
+class Kill(NamedTuple):
+    """One kill, and what its life was doing."""
+
+    ranks: int
+    victim: int
+    after_s: float
+    steps: int
+    """Steps that the record had."""
+    was_saving: bool
+    """A checkpoint was on its way."""
+
+
+def kill_lives(workspace: Path, name: str, draw: random.Random, *, ranks: int) -> list[Kill]:
+    """Kill lives of a run until enough of them died of it."""
+    kills: list[Kill] = []
+    # of the fastest life that was seen here; start-up, steps, saves and the end are all inside
+    longest_s = 2.5 + 0.8 * ranks
+    while len(kills) < KILLS_PER_RUN:
+        with Life(workspace, name, "checkpoint.every_steps=2", ranks=ranks) as life:
+            after_s = draw.uniform(0.05, longest_s)
+            life.processes[0].join(after_s)
+            victim = draw.randrange(ranks)
+            if not life.processes[victim].is_alive():
+                if all(process.exitcode == 0 for process in life.processes):
+                    # it was faster: the run is over
+                    return kills
+                continue
+            life.processes[victim].kill()
+            saving = any((life.run_dir / "checkpoints").glob("step-*.tmp-*"))
+            steps = max(read_steps(life.run_dir), default=0)
+            deadline = time.monotonic() + GRACE_S
+            for process in life.processes:
+                process.join(max(0.0, deadline - time.monotonic()))
+            kills.append(Kill(ranks, victim, after_s, steps, saving))
+    return kills
+
+
+def kill_and_compare(
+    workspace: Path, whole: Callable[[int], Path], first: int, runs: int
+) -> list[Kill]:
+    kills = []
+    for number in range(first, first + runs):
+        draw, ranks = random.Random(number), 1 + number % 3
+        name = f"kills-{number}"
+        kills += kill_lives(workspace, name, draw, ranks=ranks)
+        run_dir = finish(workspace, name, "checkpoint.every_steps=2", ranks=ranks)
+        check_same(run_dir, whole(ranks))
+        print(f"run {number}: {len(kills)} kills so far, {ranks} ranks", flush=True)
+    return kills
+
+
+def summary(kills: list[Kill]) -> str:
+    """How the kills were spread."""
+    at = Counter(
+        "before step 1" if kill.steps == 0 else
+        "after the last step" if kill.steps == STEPS else "between"
+        for kill in kills
+    )  # fmt: skip
+    return (
+        f"{len(kills)} kills, {sum(kill.was_saving for kill in kills)} of them while a save was "
+        f"on its way; {dict(at)}; by ranks {dict(Counter(kill.ranks for kill in kills))}; "
+        f"of rank 0 {sum(kill.victim == 0 for kill in kills)}"
+    )
+
+
+def test_ten_kills_change_nothing(workspace: Path, whole: Callable[[int], Path]) -> None:
+    kills = kill_and_compare(workspace, whole, first=1000, runs=3)
+    print(summary(kills))
+    assert len(kills) >= 10
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_two_hundred_kills_change_nothing(workspace: Path, whole: Callable[[int], Path]) -> None:
+    kills = kill_and_compare(workspace, whole, first=0, runs=RUNS_IN_FULL)
+    print(summary(kills))
+    assert len(kills) >= 200
+    assert sum(kill.was_saving for kill in kills) >= 10
