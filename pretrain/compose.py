@@ -21,6 +21,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from pretrain import config as tree
 from pretrain.errors import CheckpointError, ConfigError
@@ -214,6 +215,11 @@ def _read(path: Path, kind: Any = tree.TrainConfig) -> Any:
         return OmegaConf.merge(schema, loaded)
     except (OmegaConfBaseException, OSError) as error:
         raise ConfigError(f"{path}: {_explain(error)}") from error
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path} is damaged: {error}. It is the run's configuration; restore it, or start "
+            "another run."
+        ) from error
 
 
 def _apply(node: Any, overrides: Sequence[str]) -> Any:

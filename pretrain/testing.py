@@ -93,25 +93,39 @@ def _start(
         processes.append(process)
 
 
-def start_commands(ranks: int, arguments: list[str], *, cwd: Path, output: Path) -> list[Any]:
+def start_commands(
+    ranks: int,
+    arguments: list[str],
+    *,
+    cwd: Path,
+    output: Path,
+    before: Callable[[], None] | None = None,
+) -> list[Any]:
     """Start `pretrain ARGUMENTS` as so many ranks, as a launcher would; their processes.
 
     Each is a fork of a server that has imported torch and DeepSpeed, so that it starts at once.
-    What rank R says goes to the end of `output`, a folder, as R.txt. The caller ends them.
+    What rank R says goes to the end of `output`, a folder, as R.txt. `before` is called in each
+    process first. The caller ends them.
     """
     processes = []
     output.mkdir(parents=True, exist_ok=True)
     for rank, place in enumerate(_places(ranks)):
         process = _fork_server().Process(
             target=_command,
-            args=(arguments, place if ranks > 1 else {}, cwd, output / f"{rank}.txt"),
+            args=(arguments, place if ranks > 1 else {}, cwd, output / f"{rank}.txt", before),
         )
         process.start()
         processes.append(process)
     return processes
 
 
-def _command(arguments: list[str], place: dict[str, str], cwd: Path, output: Path) -> None:
+def _command(
+    arguments: list[str],
+    place: dict[str, str],
+    cwd: Path,
+    output: Path,
+    before: Callable[[], None] | None,
+) -> None:
     """One rank of a command: the environment of a launcher, and files for what it says."""
     os.environ.update(place | {"OMP_NUM_THREADS": "1"})
     os.chdir(cwd)
@@ -121,6 +135,8 @@ def _command(arguments: list[str], place: dict[str, str], cwd: Path, output: Pat
     os.dup2(said, 2)
     from pretrain import cli
 
+    if before is not None:
+        before()
     cli.main(arguments)
 
 

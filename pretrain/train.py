@@ -35,6 +35,7 @@ from pretrain.engine.world import World, join, leave
 from pretrain.errors import (
     EXIT_FINISHED,
     EXIT_SAVED_ON_SIGNAL,
+    CheckpointError,
     ConfigError,
     DivergenceError,
 )
@@ -100,6 +101,9 @@ def _life(config: TrainConfig, world: World, stop: StopSignals, lock: RunLock) -
     on_rank_0(world, lambda: sweep_temporaries(run_dir))
     inputs = _check_inputs(config, world)
     on_all_ranks(world, lambda: log_to_folder(run_dir, world.rank))
+    if inputs.newest is not None:
+        newest = inputs.newest
+        on_rank_0(world, lambda: set_later_aside(run_dir, newest))
     if inputs.state.step >= last_step(config, inputs.state):
         log.info(
             "%s has all its %d steps; give more with run.steps=...", run_dir, inputs.state.step
@@ -131,7 +135,7 @@ def _train(session: Session, held_out: Batch, record: Record, lock: RunLock) -> 
     for step in training_steps(session):
         # first: whoever has lost the folder writes nothing more
         if session.world.is_main:
-            lock.refresh()
+            _refresh(lock, session)
         record.step(step)
         _stop_if_diverged(session.state, guards, saves)
         is_last = step.step == last_step(config, session.state)
@@ -144,6 +148,14 @@ def _train(session: Session, held_out: Batch, record: Record, lock: RunLock) -> 
             record.validation(session.state, _validate(session, held_out))
         session.watch.enter(step.step, "save")
         saves.after_step(step, is_leaving=is_leaving)
+
+
+def _refresh(lock: RunLock, session: Session) -> None:
+    try:
+        lock.refresh()
+    except CheckpointError:
+        session.saver.forsake()
+        raise
 
 
 def _validate(session: Session, held_out: Batch) -> dict[str, Any]:
@@ -184,8 +196,6 @@ def _check_inputs(config: TrainConfig, world: World) -> _Inputs:
     if newest is None:
         on_rank_0(world, lambda: _check_space(config, run_dir))
     else:
-        folder = newest
-        on_rank_0(world, lambda: set_later_aside(run_dir, folder))
         saved = read_state(newest)
         check_same_tokenizer(saved, identity["tokenizer_sha256"], config.tokenizer.path)
         check_same_data(saved, identity["data_fingerprint"], config.data.shards)

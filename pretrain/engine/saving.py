@@ -56,8 +56,8 @@ class Saved(NamedTuple):
 class Saver:
     """Saves the checkpoints of one engine; all ranks call every method together.
 
-    `fence` is called on rank 0 right before a checkpoint is published, and raises CheckpointError
-    if this process may no longer write into the run folder.
+    `fence` is called on rank 0 before a save begins and right before it is published, and raises
+    CheckpointError if this process may no longer write into the run folder.
     """
 
     def __init__(
@@ -98,7 +98,12 @@ class Saver:
         temporary = final.with_name(f"{final.name}.tmp-{token}")
         pieces = list(_own_pieces(self._engine))
         _check_space(self._world, self._run_dir, fragments.size_of(pieces))
-        on_main(self._world, lambda: commit.make_temporary(temporary))
+
+        def make_room() -> None:
+            self._fence()
+            commit.make_temporary(temporary)
+
+        on_main(self._world, make_room)
         started, copied_s = time.monotonic(), 0.0
         is_copied = False
         if beside and self._copies is not None and self._copies.fit(self._world, pieces):
@@ -161,6 +166,11 @@ class Saver:
         self._world.barrier()
         if self._world.is_main:
             shutil.rmtree(flight.write.path.parent, ignore_errors=True)
+
+    def forsake(self) -> None:
+        """Remove what was on its way, alone: for a life that has lost its folder."""
+        if self._flight is not None and self._world.is_main:
+            shutil.rmtree(self._flight.write.path.parent, ignore_errors=True)
 
 
 def save_checkpoint(

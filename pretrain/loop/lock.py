@@ -68,12 +68,15 @@ class RunLock:
 
     def __init__(self, run_dir: Path, *, stale_s: float = _STALE_S) -> None:
         self._path = run_dir / "lock.json"
+        # stays when the lock goes: an orphan that wakes up after its successor has ended sees it
+        self._last_path = run_dir / "lock.last"
         self._stale_s = stale_s
         self._holder = Holder.current()
 
     def __enter__(self) -> "RunLock":
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if self._create():
+            self._sign()
             return self
         other = _read_holder(self._path)
         if other is not None:
@@ -88,6 +91,7 @@ class RunLock:
         other = _read_holder(self._path)
         if other != self._holder:
             raise self._refusal(other)
+        self._sign()
         return self
 
     def __exit__(
@@ -109,16 +113,23 @@ class RunLock:
             if other == self._holder:
                 os.utime(self._path)
                 return
-            if other is None and not self._path.exists() and self._create():
+            is_last = _read_text(str(self._last_path)) == self._holder.token
+            if other is None and is_last and not self._path.exists() and self._create():
                 log.warning("%s was removed by hand; made again.", self._path)
                 return
         except OSError as problem:
             log.warning("The heartbeat of %s failed: %s", self._path, problem)
             return
         raise CheckpointError(
-            f"{self._path.parent} now belongs to {other or 'an unnamed holder'}; "
+            f"{self._path.parent} now belongs to {other or 'a later life'}; "
             f"this life ({self._holder}) stops without writing."
         )
+
+    def _sign(self) -> None:
+        """Leave this life's token as that of the last to hold the folder."""
+        draft = self._path.with_name(f"lock.{self._holder.token}.partial")
+        draft.write_text(self._holder.token + "\n")
+        draft.replace(self._last_path)
 
     def _create(self) -> bool:
         """Publishes the lock if there is none; linking is atomic on network file systems too."""

@@ -12,7 +12,7 @@ plots/                pictures of the record
 evaluation/           what `pretrain evaluate` found
 replay/               what `pretrain replay` found
 wandb/                W&B's files
-lock.json             who is writing here now
+lock.json             who is writing here now; lock.last: the token of who did last
 requeue.json          left by a life that was told to stop: job, restart, step
 """
 

@@ -136,12 +136,17 @@ def fenced(world: World, folder: Path) -> dict[str, Any]:
     engine = new_engine(world)
     save_checkpoint(engine, world, folder, step=1, state={})
 
+    is_lost: list[bool] = []
+
     def fence() -> None:
-        raise CheckpointError("this folder belongs to another life")
+        if is_lost:
+            raise CheckpointError("this folder belongs to another life")
 
     saver = Saver(engine, world, folder, asynchronous=True, fence=fence)
     saver.begin(2, {})
+    is_lost.append(True)
     error = _error(saver.finish)
+    assert "belongs to another life" in _error(lambda: saver.begin(3, {}))
     world.barrier()
     return {"error": error, "left": sorted(p.name for p in (folder / "checkpoints").iterdir())}
 

@@ -2,14 +2,17 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import pytest
 
 from conftest import SMALL
 from pretrain.engine import commit
 from pretrain.testing import start_commands
 
+Test = TypeVar("Test", bound=Callable[..., None])
 # Long enough to be caught in it, and rows of a step that one, two and three ranks can share.
 STEPS = 30
 SETTING = [*SMALL, "batch.global_tokens=384", "batch.micro_rows=2", f"run.steps={STEPS}"]
@@ -23,15 +26,21 @@ class Life:
     """One life of a run on some ranks; leaving the block ends what is left of it."""
 
     def __init__(
-        self, workspace: Path, name: str, *overrides: str, ranks: int = 1, command: str = "train"
+        self,
+        workspace: Path,
+        name: str,
+        *overrides: str,
+        ranks: int = 1,
+        before: Callable[[], None] | None = None,
     ) -> None:
         self.run_dir = workspace / "out/runs" / name
         self.output = workspace / "said" / name
         self.processes = start_commands(
             ranks,
-            [command, *SETTING, f"run.name={name}", *overrides],
+            ["train", *SETTING, f"run.name={name}", *overrides],
             cwd=workspace,
             output=self.output,
+            before=before,
         )
 
     def __enter__(self) -> "Life":
@@ -69,11 +78,31 @@ class Life:
         return "\n".join(path.read_text() for path in sorted(self.output.glob(f"{wanted}.txt")))
 
 
+def row(done: str, observed: str, lost: str = "nothing") -> Callable[[Test], Test]:
+    """What a test does, sees and finds lost: a row of the table in docs/reliability.md."""
+
+    def decorate(test: Test) -> Test:
+        test.row = (done, observed, lost)  # type: ignore[attr-defined]
+        return test
+
+    return decorate
+
+
+def some(names: Iterable[str], kept: Collection[str]) -> list[Any]:
+    """All as parameters of a test; those that are not kept run with the slow ones."""
+    return [name if name in kept else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 def finish(
-    workspace: Path, name: str, *overrides: str, ranks: int = 1, timeout_s: float = 120.0
+    workspace: Path,
+    name: str,
+    *overrides: str,
+    ranks: int = 1,
+    timeout_s: float = 120.0,
+    before: Callable[[], None] | None = None,
 ) -> Path:
     """The last life of a run: to its end."""
-    with Life(workspace, name, *overrides, ranks=ranks) as life:
+    with Life(workspace, name, *overrides, ranks=ranks, before=before) as life:
         codes = life.wait(timeout_s)
         assert codes == [0] * ranks, life.said()
     return life.run_dir

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lives import row
 
 from pretrain.data.config import Corpus, DataConfig, OnDamage
 from pretrain.data.loader import stream_batches
@@ -66,6 +67,11 @@ def check(config: DataConfig, clean: dict[int, bytes], source: int, members: set
     assert {row for row in rows if rows[row] != clean[row]} == hit
 
 
+@row(
+    "a shard cut at every multiple of 512 bytes",
+    "an error that names it; under data.on_damage=quarantine",
+    "exactly the rows of that shard, counted",
+)
 def test_a_truncation_at_any_block_loses_the_shard_and_says_so(config: DataConfig) -> None:
     clean, _ = read(config)
     manifest = read_manifest(Path(config.shards))
@@ -79,6 +85,11 @@ def test_a_truncation_at_any_block_loses_the_shard_and_says_so(config: DataConfi
     assert read(config) == (clean, set())
 
 
+@row(
+    "400 single flipped bits in a shard",
+    "an error that names it, if rows are hit; under data.on_damage=quarantine",
+    "exactly the rows of the member, counted; nothing if no row is hit",
+)
 def test_a_flipped_bit_anywhere_loses_its_member_or_nothing(config: DataConfig) -> None:
     """Bits of tar headers and padding are not rows; every bit of an array is under its CRC."""
     clean, _ = read(config)
@@ -106,6 +117,11 @@ def test_a_flipped_bit_anywhere_loses_its_member_or_nothing(config: DataConfig) 
     path.write_bytes(whole)
 
 
+@row(
+    "a shard replaced by noise of its size",
+    "an error that names it; under data.on_damage=quarantine",
+    "exactly the rows of that shard, counted",
+)
 def test_another_file_of_the_same_size_is_not_read_as_the_shard(config: DataConfig) -> None:
     clean, _ = read(config)
     shard = read_manifest(Path(config.shards)).sources[0].train[0]

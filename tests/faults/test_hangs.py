@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from lives import Life, check_same, finish
+from lives import Life, check_same, finish, row
 
 from pretrain.errors import EXIT_STALLED
 
@@ -16,6 +16,10 @@ LIMIT = "guards.stall_s=2"
 
 
 @pytest.mark.parametrize("stopped", [1, 0])
+@row(
+    "SIGSTOP of rank 1 of three, and of rank 0",
+    "named as silent in stalls.jsonl, the others end with 76 and leave their stacks",
+)
 def test_a_rank_that_is_stopped_is_named_and_the_others_end(
     workspace: Path, whole: Callable[[int], Path], stopped: int
 ) -> None:
@@ -38,6 +42,10 @@ def test_a_rank_that_is_stopped_is_named_and_the_others_end(
     check_same(run_dir, whole(3))
 
 
+@row(
+    "the reader of one rank of two is stopped",
+    "that rank is named with its phase, `data`; both end with 76",
+)
 def test_a_rank_that_waits_for_data_is_named_with_its_phase(
     workspace: Path, whole: Callable[[int], Path]
 ) -> None:
@@ -62,6 +70,10 @@ def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@row(
+    "all ranks are stopped for less than the limit, four times",
+    "no alarm",
+)
 def test_slow_is_not_still(workspace: Path, whole: Callable[[int], Path]) -> None:
     """Ranks that are stopped for shorter than the limit, over and over, raise no alarm."""
     name = "slow"

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from lives import row
 
 from conftest import SMALL
 from pretrain.testing import start_commands
@@ -41,6 +42,10 @@ def run(workspace: Path, tmp_path: Path, command: str, *, kill_after_s: float | 
     return time.monotonic() - started
 
 
+@row(
+    "up to 24 kills at random moments of `data tokenizer` and `data build`",
+    "the next life goes on; the same bytes in the end",
+)
 def test_kills_during_tokenizer_and_build_change_no_byte(workspace: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     lasts = {c: run(workspace, whole, c, kill_after_s=None) for c in ("tokenizer", "build")}

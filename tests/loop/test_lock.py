@@ -45,7 +45,7 @@ def test_the_lock_names_its_holder_and_goes_with_it(tmp_path):
     with RunLock(tmp_path / "run"):
         content = json.loads((tmp_path / "run/lock.json").read_text())
         assert content["pid"] == os.getpid()
-    assert list((tmp_path / "run").iterdir()) == []
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock.last"]
 
 
 def test_a_live_holder_is_refused_by_name(tmp_path, holder):
@@ -122,6 +122,17 @@ def test_an_orphan_that_was_replaced_stops_and_leaves_the_lock_alone(tmp_path, m
         orphan.__exit__(None, None, None)
         later.refresh()
         assert (tmp_path / "lock.json").exists()
+
+
+def test_an_orphan_stops_also_when_its_successor_has_ended(tmp_path):
+    with RunLock(tmp_path) as orphan:
+        edit(tmp_path, pid=1 << 30, pid_start="gone")
+        with RunLock(tmp_path):
+            pass
+        assert not (tmp_path / "lock.json").exists()
+        with pytest.raises(CheckpointError, match="now belongs to a later life"):
+            orphan.refresh()
+        assert not (tmp_path / "lock.json").exists()
 
 
 def test_a_lock_removed_by_hand_is_made_again(tmp_path, caplog):
