@@ -4,32 +4,41 @@ import logging
 import os
 import re
 from collections.abc import Mapping
+from urllib.parse import quote
 
 MASK = "***"
 # A shorter value is a word, and would be blotted out everywhere.
 _LEAST_LENGTH = 8
 _NAME = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
-_USERINFO = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+_PLAIN_NAME = re.compile(r"_(file|path|dir)$", re.IGNORECASE)
+_PASSWORD_NAME = re.compile(r"passw|secret", re.IGNORECASE)
+# A lone name before the @ is a token over http, and a harmless user elsewhere (sftp, hdfs).
+_USERINFO = re.compile(r"(?<=://)[^/\s:@]*:[^/\s@]+(?=@)|(?<=http://|ttps://)[^/\s@]+(?=@)")
 _SIGNATURE = re.compile(
-    r"(?<=[?&])((?:x-amz-signature|x-amz-security-token|x-goog-signature|signature|sig|token|"
-    r"api_?key|access_?key)=)[^&\s'\"]+",
+    r"(?<=[?&])([\w-]*(?:signature|token|secret|passw(?:or)?d|api_?key|access_?key)=|sig=)"
+    r"[^&\s'\"]+",
     re.IGNORECASE,
 )
 
 
 def secret_values(environ: Mapping[str, str]) -> list[str]:
-    """Values of variables whose names speak of secrets, longest first."""
+    """Values of variables whose names speak of secrets, also as URLs spell them; longest first."""
     found = {
-        value
+        spelling
         for name, value in environ.items()
-        if _NAME.search(name) and len(value) >= _LEAST_LENGTH and not _is_plain(value)
+        if _NAME.search(name) and len(value) >= _LEAST_LENGTH and not _is_plain(name, value)
+        for spelling in (value, quote(value, safe=""))
     }
     return sorted(found, key=len, reverse=True)
 
 
-def _is_plain(value: str) -> bool:
-    """Paths, numbers and switches are nobody's secret (SSH_KEY_FILE, NUM_TOKENS)."""
-    return value.startswith(("/", "~", ".")) or value.isdigit()
+def _is_plain(name: str, value: str) -> bool:
+    """Places of files and counts are nobody's secret; AWS keys may begin with a slash, though."""
+    if value.isdigit():
+        return not _PASSWORD_NAME.search(name)
+    if not value.startswith(("/", "~", ".")):
+        return False
+    return bool(_PLAIN_NAME.search(name)) or os.path.exists(os.path.expanduser(value))
 
 
 def redact(text: str, values: list[str]) -> str:

@@ -7,16 +7,21 @@ order of a run, verified against its checksums. What counts is the ratio of the 
 """
 
 import csv
+import dataclasses
 import hashlib
+import http.server
 import io
 import logging
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,10 +49,23 @@ ROWS_PER_STEP = 8
 SHARDS, MEMBERS_PER_SHARD, ROWS_PER_MEMBER = 4, 8, 64
 REPEATS = 15
 RESULTS = Path(__file__).parent / "results" / "loader.csv"
+NEEDS = RESULTS.with_name("loader-needs.csv")
+NEEDED = (
+    ("huginn-3.5b", 4_800, "the boldest goal of the step on one H200"),
+    ("huginn-100m", 100_000, "four times what the plain path does on one H200"),
+)
 COLUMNS = (
     "op", "shape", "dtype", "median_us", "p20", "p80", "rows_per_s", "ratio", "ratio_p20",
     "ratio_p80", "cpu", "python", "torch", "webdataset", "commit",
 )  # fmt: skip
+
+
+OTHERS = (
+    "pretrain stream_batches, cold cache",
+    "webdataset, a row per member, cold cache",
+    "pretrain stream_batches, over HTTP",
+    "pretrain stream_batches, copies of HTTP",
+)
 
 
 class Quantiles(NamedTuple):
@@ -163,6 +181,58 @@ def time_us_per_row(read: Callable[[], Iterator[torch.Tensor]], rows: int) -> fl
     return passed_s / rows * 1e6
 
 
+def forget(folder: Path) -> None:
+    """Ask the kernel to drop the files of a folder from its page cache."""
+    for path in folder.rglob("*.tar"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    """Serves files without a word."""
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The URL of a folder, for as long as it is needed."""
+    handler = partial(QuietHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def time_http(config: DataConfig, folder: Path, rows: int) -> tuple[float, float]:
+    """Microseconds per row of a first pass over HTTP, copies made, and of a second one."""
+    with served(Path(config.shards)) as url:
+        shutil.rmtree(folder, ignore_errors=True)
+        remote = dataclasses.replace(config, shards=url, cache=str(folder))
+        first, second = (time_us_per_row(lambda: read_ours(remote, rows), rows) for _ in range(2))
+    return first, second
+
+
+def print_needs(us_per_row: float) -> None:
+    """What presets need of a loader process beside what one delivers here, in tokens/s."""
+    delivered = CONTEXT / us_per_row * 1e6
+    is_new = not NEEDS.exists()
+    with NEEDS.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if is_new:
+            writer.writerow(["preset", "needed_tokens_per_s", "delivered_tokens_per_s", "times",
+                             "why", "commit"])  # fmt: skip
+        for preset, needed, why in NEEDED:
+            times = delivered / needed
+            writer.writerow([preset, needed, f"{delivered:.0f}", f"{times:.0f}", why,
+                             environment()["commit"]])  # fmt: skip
+            print(f"{preset}: needs {needed:,} tokens/s of a rank ({why}); {times:,.0f} times that")
+
+
 def environment() -> dict[str, str]:
     """What a measurement depends on besides the code."""
     root = Path(__file__).parents[2]
@@ -179,8 +249,12 @@ def environment() -> dict[str, str]:
     }
 
 
-def append_rows(measured: dict[str, list[float]], ratio: Quantiles) -> None:
-    """One row for each reader; the ratio beside both, since times alone say little on a CPU."""
+def append_rows(measured: dict[str, list[float]]) -> None:
+    """One row for each reader, with its ratio to webdataset from the page cache in the same run.
+
+    Times alone say little on a CPU.
+    """
+    plain = list(measured.values())[1]
     is_new = not RESULTS.exists()
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     with RESULTS.open("a", newline="") as file:
@@ -189,6 +263,7 @@ def append_rows(measured: dict[str, list[float]], ratio: Quantiles) -> None:
             writer.writeheader()
         for op, times_us in measured.items():
             times = Quantiles.of(times_us)
+            ratio = Quantiles.of([b / a for a, b in zip(times_us, plain, strict=True)])
             row = {
                 "op": op,
                 "shape": f"{ROWS_PER_STEP}x{CONTEXT + 1}",
@@ -223,13 +298,26 @@ def main() -> None:
             if row_hashes(read()) != expected:
                 raise SystemExit(f"{op} does not read the rows that were packed; nothing measured.")
         measured: dict[str, list[float]] = {op: [] for op in readers}
+        for op in OTHERS:
+            measured[op] = []
         for repeat in range(REPEATS):
             # neither is always the one that goes first
             for op in list(readers)[:: 1 if repeat % 2 else -1]:
                 measured[op].append(time_us_per_row(readers[op], rows))
-    ours, plain = measured.values()
+            for op, (name, read) in zip(OTHERS, readers.items(), strict=False):
+                assert name.split(",")[0] in op, (name, op)
+                forget(Path(folder))
+                measured[op].append(time_us_per_row(read, rows))
+            times = time_http(config, Path(folder, "copies"), rows)
+            for op, us_per_row in zip(OTHERS[2:], times, strict=True):
+                measured[op].append(us_per_row)
+    ours, plain, *_ = measured.values()
     ratio = Quantiles.of([b / a for a, b in zip(ours, plain, strict=True)])
-    append_rows(measured, ratio)
+    append_rows(measured)
+    print_needs(Quantiles.of(ours).median)
+    for op, times_us in measured.items():
+        of_op = Quantiles.of([b / a for a, b in zip(times_us, plain, strict=True)])
+        print(f"{op}: {of_op.median:.2f} times the rows/s of webdataset from the page cache")
     print(
         f"stream_batches reads {ratio.median:.2f} times as many rows/s as webdataset with a row "
         f"per member (p20 {ratio.p20:.2f}, p80 {ratio.p80:.2f}, {REPEATS} repeats of {rows} rows)"

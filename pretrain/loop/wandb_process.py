@@ -9,9 +9,11 @@ without `finish` means that training was killed. Each line on standard output is
 import json
 import logging
 import os
+import runpy
 import signal
 import sys
-from typing import Any, Literal, TextIO
+from pathlib import Path
+from typing import Any, Literal, TextIO, cast
 
 import wandb
 
@@ -27,6 +29,7 @@ def main() -> None:
     # What W&B prints belongs in the log beside its files, which is standard error.
     reports = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+    sys.stderr = cast(TextIO, _Masked(sys.stderr))
     run = _start_run(json.loads(sys.stdin.readline()), reports)
     run.define_metric("*", step_metric="tokens")
     exit_code = 1
@@ -37,6 +40,22 @@ def main() -> None:
             break
         run.log(message)
     run.finish(exit_code=exit_code)
+
+
+class _Masked:
+    """A stream that masks secrets: W&B says the address it speaks to, with any password in it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        # by path: this package need not be importable here
+        secrets = runpy.run_path(str(Path(__file__).parents[1] / "secrets.py"))
+        self._redact, self._values = secrets["redact"], secrets["secret_values"](os.environ)
+
+    def write(self, text: str) -> int:
+        return self._stream.write(self._redact(text, self._values))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _start_run(start: dict[str, Any], reports: TextIO) -> wandb.Run:

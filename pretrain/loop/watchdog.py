@@ -3,14 +3,16 @@
 The main thread of every rank says where it is; a thread beside it tells a key-value store that
 rank 0 serves. When rank 0 has been in one place for too long, its thread compares all ranks: one
 whose thread is silent was stopped or is gone; else those that are furthest behind hold up the
-others. All ranks learn the verdict from the store and end. Clocks are monotonic, and ages are
-judged by the reader's own, so a step of the wall clock changes nothing.
+others. All ranks learn the verdict from the store and end; if rank 0's own thread falls silent,
+each rank that is late says so. Clocks are monotonic, and ages are judged by the reader's own, so a
+step of the wall clock changes nothing.
 """
 
 import datetime
 import faulthandler
 import json
 import logging
+import os
 import socket
 import threading
 import time
@@ -31,6 +33,8 @@ _LONGEST_INTERVAL_S = 5.0
 _BEATS_PER_LIMIT = 20
 # Beats that a living thread may miss on a busy machine.
 _MISSED_BEATS = 4
+# A rank ends without its last words if they take so long: the run folder's disk may be what hangs.
+_LAST_WORDS_S = 30.0
 _VERDICT = "verdict"
 
 
@@ -103,13 +107,14 @@ class Watchdog:
         self._interval_s = min(_LONGEST_INTERVAL_S, limit_s / _BEATS_PER_LIMIT)
         self._place = (0, 0, "start", time.monotonic())
         self._has_ended = threading.Event()
-        self._answered = time.monotonic()
+        self._heard = time.monotonic()
+        self._main_beat = b""
         self._verdict = ""
         self._store: Any = None
 
     def __enter__(self) -> "Watchdog":
         self._store = _open_store(self._world, timeout_s=max(1.0, 2 * self._interval_s))
-        self._answered = time.monotonic()
+        self._heard = time.monotonic()
         # apart: a store whose server was stopped may keep its client for ever
         for deed in (self._talk, self._watch):
             threading.Thread(target=deed, name=f"watchdog{deed.__name__}", daemon=True).start()
@@ -124,23 +129,26 @@ class Watchdog:
 
     def _talk(self) -> None:
         told = 0
-        while not self._has_ended.wait(self._interval_s):
+        while not self._verdict and not self._has_ended.wait(self._interval_s):
             told += 1
             try:
                 self._verdict = self._tell(told)
-                self._answered = time.monotonic()
             except (RuntimeError, OSError) as error:
                 log.debug("the watchdog's store does not answer: %s", error)
 
     def _watch(self) -> None:
         while not self._has_ended.wait(self._interval_s):
-            if verdict := self._verdict or self._without_store():
+            if verdict := self._verdict or self._without_main():
                 self._end(verdict)
 
     def _tell(self, told: int) -> str:
         """Tell this rank's place, and hear whether there is a verdict."""
         self._store.set(f"beat/{self._world.rank}", json.dumps(self._beat(told)))
-        verdict = str(self._store.get(_VERDICT).decode())
+        said, main_beat = self._store.multi_get([_VERDICT, "beat/0"])
+        if main_beat != self._main_beat:
+            # the store may answer while rank 0's interpreter stands still
+            self._main_beat, self._heard = main_beat, time.monotonic()
+        verdict = str(said.decode())
         if not verdict and self._world.is_main and self._is_late():
             verdict = self._judge(told)
             self._store.set(_VERDICT, verdict)
@@ -169,19 +177,25 @@ class Watchdog:
             Beat(*json.loads(value)) if value else None for value in self._store.multi_get(keys)
         ]
 
-    def _without_store(self) -> str:
-        """The verdict of a rank that cannot hear rank 0's."""
-        silence_s = time.monotonic() - self._answered
+    def _without_main(self) -> str:
+        """The verdict of a rank that has heard nothing from rank 0."""
+        silence_s = time.monotonic() - self._heard
         is_silent = silence_s > _MISSED_BEATS * self._interval_s
         if self._world.is_main or not self._is_late() or not is_silent:
             return ""
         return (
-            f"rank 0 is silent (stopped, killed, or its node is gone): it has not answered for "
+            f"rank 0 is silent (stopped, killed, or its node is gone): nothing was heard of it for "
             f"{silence_s:.0f} s, and {_say(self._world.rank, self._beat(0), 'waits')}."
         )
 
     def _end(self, verdict: str) -> None:
         """Leave the verdict and all stacks in the run folder, and end the process."""
+        pause_s = _MISSED_BEATS * self._interval_s
+        last = threading.Timer(
+            min(_LAST_WORDS_S, self._limit_s) + pause_s, os._exit, [EXIT_STALLED]
+        )
+        last.daemon = True
+        last.start()
         speaks = self._world.rank == 0 or verdict.startswith("rank 0 ")
         log.log(
             logging.ERROR if speaks else logging.INFO,
@@ -201,7 +215,7 @@ class Watchdog:
             log.error("the stacks could not be written: %s", error)
         if self._world.is_main:
             # who serves the store leaves last
-            time.sleep(_MISSED_BEATS * self._interval_s)
+            time.sleep(pause_s)
         exit_now(EXIT_STALLED)
 
 

@@ -22,6 +22,7 @@ def benchmark(tmp_path, monkeypatch):
         "CONTEXT": 512,
         "REPEATS": 2,
         "RESULTS": tmp_path / "results/loader.csv",
+        "NEEDS": tmp_path / "results/needs.csv",
     }.items():
         monkeypatch.setattr(module, name, value)
     return module
@@ -32,12 +33,18 @@ def test_each_run_appends_a_row_for_each_reader(benchmark, capsys):
     benchmark.main()
     with benchmark.RESULTS.open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["op"].split()[0] for row in rows] == ["pretrain", "webdataset,"] * 2
+    names = ["pretrain stream_batches", "webdataset, a row per member", *benchmark.OTHERS]
+    assert [row["op"] for row in rows] == names * 2
     for row in rows:
         assert tuple(row) == benchmark.COLUMNS
         assert 0 < float(row["p20"]) <= float(row["median_us"]) <= float(row["p80"])
         assert row["commit"]
-    assert f"reads {float(rows[-1]['ratio']):.2f} times as many rows/s" in capsys.readouterr().out
+        assert (float(row["ratio"]) == 1.0) is (row["op"] == names[1])
+    said = capsys.readouterr().out
+    assert f"reads {float(rows[len(names)]['ratio']):.2f} times as many rows/s" in said
+    with benchmark.NEEDS.open() as file:
+        needs = list(csv.DictReader(file))
+    assert [need["preset"] for need in needs] == ["huginn-3.5b", "huginn-100m"] * 2
 
 
 def test_a_reader_of_other_rows_is_not_measured(benchmark, monkeypatch):
