@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import os
 import pickle
+import secrets
 import socket
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from typing import Any
 from pretrain.config import ClusterConfig, TrainConfig
 from pretrain.data.config import Corpus, DataConfig, TokenizerConfig
 from pretrain.engine.config import CheckpointConfig, Device, EngineConfig, Precision
-from pretrain.engine.world import exit_now, join
+from pretrain.engine.world import FIRST_PORT, NUM_PORTS, exit_now, join
 from pretrain.loop.config import (
     BatchConfig,
     LoggingConfig,
@@ -142,9 +143,7 @@ def _command(
 
 def _places(ranks: int) -> list[dict[str, str]]:
     """The variables of a launcher for each rank, on a port that is free."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = _free_port()
     return [
         {
             "RANK": str(rank),
@@ -156,6 +155,15 @@ def _places(ranks: int) -> list[dict[str, str]]:
         }
         for rank in range(ranks)
     ]
+
+
+def _free_port() -> int:
+    """A port that nobody listens on, and that no connection is given by the kernel meanwhile."""
+    while True:
+        port = FIRST_PORT + secrets.randbelow(NUM_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _fork_server() -> ForkServerContext:
