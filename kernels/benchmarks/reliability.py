@@ -56,16 +56,20 @@ def train(
 ) -> Path:
     """One life of a run, killed as soon as `until` holds; its folder."""
     run_dir = FOLDER / name
+    if until is not None and until(run_dir):
+        print(f"{name}: is there already", flush=True)
+        return run_dir
     command = [sys.executable, "-m", "pretrain", "train"]
     if gpus > 1:
-        command[1:3] = [
-            "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}", "-m",
-            "pretrain",
-        ]  # fmt: skip
+        # not torchrun: its ranks are in sessions of their own, and outlive it for a while
+        command = ["launch/plain.sh", str(gpus)]
     command += [*arguments, f"run.dir={run_dir}", "logging=quiet"]
+    environment = {**os.environ, "PRETRAIN_PYTHON": sys.executable}
     started = time.monotonic()
     with (FOLDER / f"{name}.log").open("ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, start_new_session=True, env=environment
+        )
         while process.poll() is None:
             if until is not None and until(run_dir):
                 os.killpg(process.pid, 9)
