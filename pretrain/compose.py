@@ -53,6 +53,8 @@ FIXED_FOR_A_RUN = (
     "optimizer.name",
     "tokenizer.vocabulary_size",
 )
+# But how the same model is computed is free.
+FREE_FOR_A_RUN = ("model.path", "model.no_grad_precision")
 
 
 def register_schemas() -> None:
@@ -154,7 +156,7 @@ def check_resumable(old: tree.TrainConfig, new: tree.TrainConfig) -> None:
     refused = [
         f"  {key}: {was} in the run folder, {now} asked for"
         for key, (was, now) in differences(old, new).items()
-        if key.startswith(FIXED_FOR_A_RUN)
+        if key.startswith(FIXED_FOR_A_RUN) and key not in FREE_FOR_A_RUN
     ]
     if refused:
         raise ConfigError(

@@ -143,7 +143,7 @@ def _replay(
     tokenizer = Tokenizer.load(config.tokenizer.path)
     depths = step_depths(config.depth, seed=config.run.seed, first_row=first_row, rows=rows)
     trained.model.train()
-    trained.model.checkpoint_activations = config.engine.checkpoint_activations
+    trained.model.kept_iterations = config.engine.model_kept_iterations
     mine = wanted[world.rank :: world.size]
     results = []
     with Progress("replay", total=len(mine)) as progress:

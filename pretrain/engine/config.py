@@ -35,7 +35,9 @@ class EngineConfig:
     device: Device = Device.auto
     """Where to train."""
     checkpoint_activations: bool = False
-    """Recompute each iteration of the core in the backward pass instead of keeping it."""
+    """Recompute iterations of the core in the backward pass instead of keeping them."""
+    kept_iterations: int = 0
+    """With checkpoint_activations, the last so many iterations of a row are kept all the same."""
     bucket_elements: int = 200_000_000
     """Elements of one gradient bucket."""
     zero3_persistent_elements: int = 100_000
@@ -55,6 +57,11 @@ class EngineConfig:
                 "engine.overlap_comm=true does nothing with engine.zero_stage=1 and "
                 "engine.precision=bf16, which reduce once per step; use engine.zero_stage=2."
             )
+        if self.kept_iterations and not self.checkpoint_activations or self.kept_iterations < 0:
+            raise ConfigError(
+                f"engine.kept_iterations={self.kept_iterations} must be 0 or more, and all are kept "
+                "without engine.checkpoint_activations=true."
+            )
         for name in ("bucket_elements", "timeout_s"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"engine.{name}={getattr(self, name)} must be at least 1.")
@@ -63,6 +70,11 @@ class EngineConfig:
                 f"engine.zero3_persistent_elements={self.zero3_persistent_elements} must be 0 or "
                 "more."
             )
+
+    @property
+    def model_kept_iterations(self) -> int | None:
+        """What the model is told: None where nothing is recomputed."""
+        return self.kept_iterations if self.checkpoint_activations else None
 
 
 @dataclass(kw_only=True, slots=True)

@@ -59,7 +59,7 @@ class Engine:
         assert all(weight.dtype == torch.float32 for weight in initial.values())
         self.tensors = [TensorInfo(n, tuple(w.shape)) for n, w in initial.items()]
         names = {parameter: name for name, parameter in model.named_parameters()}
-        model.checkpoint_activations = config.engine.checkpoint_activations
+        model.kept_iterations = config.engine.model_kept_iterations
         self.optimizer = build_optimizer(model.named_parameters(), config.optimizer)
         self._engine = self._start_deepspeed(model, config)
         self.module: RecurrentModel = self._engine.module

@@ -4,7 +4,8 @@ from torch import Tensor, nn
 
 from pretrain.model.attention import Attention
 from pretrain.model.cache import Slot
-from pretrain.model.config import Block, ModelConfig
+from pretrain.model.config import Block, ComputePath, ModelConfig
+from pretrain.model.fused.block import fused_block
 from pretrain.model.layout import Layout
 from pretrain.model.mlp import GatedMLP
 from pretrain.model.norm import make_norm
@@ -23,6 +24,8 @@ class SandwichBlock(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.is_fused = config.path is ComputePath.fused
+        self.epsilon = config.norm_epsilon
         self.norm_1 = make_norm(config)
         self.attention = Attention(config)
         self.norm_2 = make_norm(config)
@@ -32,6 +35,8 @@ class SandwichBlock(nn.Module):
 
     def forward(self, x_BTD: Tensor, layout: Layout, slot: Slot | None = None) -> Tensor:
         """[B, T, D] of [B, T, D]; with a slot, the tokens continue those already in it."""
+        if self.is_fused and slot is None:
+            return fused_block(self, x_BTD, layout, self.epsilon)
         x_BTD = self.norm_2(x_BTD + self.attention(self.norm_1(x_BTD), layout, slot))
         x_BTD = self.norm_4(x_BTD + self.mlp(self.norm_3(x_BTD)))
         return x_BTD

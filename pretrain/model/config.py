@@ -35,6 +35,21 @@ class Block(Enum):
     pre_norm = "pre_norm"
 
 
+class ComputePath(Enum):
+    """What runs the model: plain modules, the same compiled, or hand-written passes on kernels."""
+
+    reference = "reference"
+    compiled = "compiled"
+    fused = "fused"
+
+
+class NoGradPrecision(Enum):
+    """Of the matrix products in iterations without gradient: that of training, or float8."""
+
+    same = "same"
+    fp8 = "fp8"
+
+
 class Injection(Enum):
     """How an iteration joins the state with the embedded tokens."""
 
@@ -84,6 +99,10 @@ class ModelConfig:
     """Whether embedded tokens and the initial state are multiplied by sqrt(width)."""
     qk_bias: bool = True
     """Whether queries and keys get a learned bias."""
+    path: ComputePath = ComputePath.reference
+    """reference: plain PyTorch; compiled: layers and iterations by torch.compile; fused: kernels."""
+    no_grad_precision: NoGradPrecision = NoGradPrecision.same
+    """fp8: float8 products in the iterations without gradient; needs path=fused and a GPU."""
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
@@ -96,6 +115,30 @@ class ModelConfig:
             raise ConfigError(
                 f"model.width={self.width} over model.heads={self.heads} must give an even whole "
                 f"head width, not {self.width / self.heads:g}."
+            )
+
+        self._check_path()
+
+    def _check_path(self) -> None:
+        if self.no_grad_precision is not NoGradPrecision.same and self.path is not ComputePath.fused:
+            raise ConfigError(
+                f"model.no_grad_precision={self.no_grad_precision.value} needs model.path=fused, "
+                f"not {self.path.value}."
+            )
+        unpublished = [
+            f"model.{name}={value.value if isinstance(value, Enum) else value}"
+            for name, value, published in (
+                ("block", self.block, Block.sandwich),
+                ("injection", self.injection, Injection.linear),
+                ("norm_gain", self.norm_gain, True),
+                ("qk_bias", self.qk_bias, True),
+            )
+            if value is not published
+        ]
+        if self.path is ComputePath.fused and unpublished:
+            raise ConfigError(
+                f"model.path=fused is written for the published model, not for "
+                f"{', '.join(unpublished)}; take model.path=compiled."
             )
 
     @property

@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from pretrain.model.block import make_block
 from pretrain.model.cache import Span
-from pretrain.model.config import Injection, ModelConfig
+from pretrain.model.config import ComputePath, Injection, ModelConfig, NoGradPrecision
 from pretrain.model.depth import Depth
+from pretrain.model.fused.core import Recurrence, fused_core
 from pretrain.model.layout import Layout
 from pretrain.model.parameter import unset
 
@@ -62,6 +63,7 @@ class RecurrentCore(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.config = config
         self.iteration = CoreIteration(config)
 
     def forward(
@@ -72,11 +74,13 @@ class RecurrentCore(nn.Module):
         depths: Sequence[Depth],
         layout: Layout,
         keep: Sequence[int] = (),
-        checkpoint_activations: bool = False,
+        kept_iterations: int | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The state of each row after its own depth, and those after `keep` iterations.
 
-        0 is the start; a row whose depth is smaller has its last state.
+        0 is the start; a row whose depth is smaller has its last state. With kept_iterations the
+        backward pass computes all but the last so many iterations again. On the fused path states
+        that are kept have no gradient, nor has the start.
         """
         order = sorted(range(len(depths)), key=lambda row: -depths[row].total)
         depths = [depths[row] for row in order]
@@ -85,15 +89,49 @@ class RecurrentCore(nn.Module):
             embedded_BTD, state_BTD = embedded_BTD[index_B], state_BTD[index_B]
             layout = layout.rows(index_B)
         kept = _Kept(state_BTD, depths, keep)
-        loop = _Loop(self.iteration, embedded_BTD, state_BTD, layout, depths)
-        for iterations_left in range(depths[0].total, 0, -1):
-            loop.advance(iterations_left, checkpoint_activations)
-            kept.see(depths[0].total - iterations_left + 1, loop.state_ATD)
-        states = (loop.cut(iterations_left=0), *(kept.after(iterations) for iterations in keep))
+        run = self._run_fused if self.config.path is ComputePath.fused else self._run
+        last_BTD = run(embedded_BTD, state_BTD, depths, layout, kept, kept_iterations)
+        states = (last_BTD, *(kept.after(iterations) for iterations in keep))
         if is_mixed:
             back_B = torch.argsort(index_B)
             states = tuple(state_BTD[back_B] for state_BTD in states)
         return states[0], states[1:]
+
+    def _run(
+        self,
+        embedded_BTD: Tensor,
+        state_BTD: Tensor,
+        depths: Sequence[Depth],
+        layout: Layout,
+        kept: "_Kept",
+        kept_iterations: int | None,
+    ) -> Tensor:
+        loop = _Loop(self.iteration, embedded_BTD, state_BTD, layout, depths)
+        for iterations_left in range(depths[0].total, 0, -1):
+            is_recomputed = kept_iterations is not None and iterations_left > kept_iterations
+            loop.advance(iterations_left, is_recomputed)
+            kept.see(depths[0].total - iterations_left + 1, loop.state_ATD)
+        return loop.cut(iterations_left=0)
+
+    def _run_fused(
+        self,
+        embedded_BTD: Tensor,
+        state_BTD: Tensor,
+        depths: Sequence[Depth],
+        layout: Layout,
+        kept: "_Kept",
+        kept_iterations: int | None,
+    ) -> Tensor:
+        recurrence = Recurrence(
+            iteration=self.iteration,
+            depths=depths,
+            layout=layout,
+            epsilon=self.config.norm_epsilon,
+            kept_iterations=depths[0].total if kept_iterations is None else kept_iterations,
+            float8_prefix=self.config.no_grad_precision is NoGradPrecision.fp8,
+            see=kept.see,
+        )
+        return fused_core(recurrence, embedded_BTD, state_BTD)
 
 
 class _Kept:
@@ -146,14 +184,14 @@ class _Loop:
         self.active_layout = layout
         self.state_ATD = start_BTD[:0]
 
-    def advance(self, iterations_left: int, is_checkpointed: bool) -> None:
+    def advance(self, iterations_left: int, is_recomputed: bool) -> None:
         """Let rows join whose depth is `iterations_left`, then iterate all active rows once."""
         has_grad = torch.is_grad_enabled() and iterations_left <= self.gradient_iterations
         with torch.set_grad_enabled(has_grad):
             self.state_ATD = self.cut(iterations_left)
             self._join(iterations_left)
             arguments = (self.state_ATD, self.embedded_BTD[: self.active], self.active_layout)
-            if has_grad and is_checkpointed:
+            if has_grad and is_recomputed:
                 self.state_ATD = checkpoint(
                     self.iteration, *arguments, use_reentrant=False, preserve_rng_state=False
                 )

@@ -64,8 +64,8 @@ class RecurrentModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        # Compute each iteration again in the backward pass instead of keeping it.
-        self.checkpoint_activations = False
+        # The backward pass computes all but the last so many iterations again; None: keep them all.
+        self.kept_iterations: int | None = None
         # The mean depth it is trained with and what of it carries gradient, where that is known.
         self.usual_depth: Depth | None = None
         self.embedding = TiedEmbedding(config)
@@ -111,7 +111,7 @@ class RecurrentModel(nn.Module):
             depths=depths,
             layout=layout,
             keep=keep,
-            checkpoint_activations=self.checkpoint_activations,
+            kept_iterations=self.kept_iterations,
         )
         if evaluate_depths is not None:
             assert labels is not None

@@ -177,7 +177,7 @@ def oracle(case: Case) -> dict[str, Any]:
     """
     config = config_of(case)
     model = new_model(config)
-    model.checkpoint_activations = False
+    model.kept_iterations = None
     named = dict(model.named_parameters())
     masters = {name: nn.Parameter(p.detach().clone()) for name, p in named.items()}
     start = {name: p.detach().clone().flatten() for name, p in named.items()}

@@ -60,7 +60,7 @@ def plain_run(model: RecurrentModel, depth: Depth, tokens: Tensor, state: Tensor
 @given(depths=st.lists(any_depth, min_size=1, max_size=5), is_checkpointed=st.booleans())
 def test_mixed_depths_equal_rows_run_by_themselves(make_model, depths, is_checkpointed):
     model = make_model()
-    model.checkpoint_activations = is_checkpointed
+    model.kept_iterations = 0 if is_checkpointed else None
     tokens, labels, state = batch(len(depths))
     output = model(tokens, depths, initial_state=state, labels=labels)
     output.nats.backward()
@@ -128,7 +128,7 @@ def test_checkpointing_changes_no_bit(make_model, dtype):
     tokens, labels, state = batch(3)
     found = []
     for is_checkpointed in (False, True):
-        model.checkpoint_activations = is_checkpointed
+        model.kept_iterations = 0 if is_checkpointed else None
         depths = [Depth(1, 3), Depth(0, 2), Depth(2, 3)]
         output = model(tokens, depths, initial_state=state, labels=labels)
         output.nats.backward()
@@ -140,7 +140,7 @@ def test_checkpointing_changes_no_bit(make_model, dtype):
 
 def test_checkpointing_recomputes_each_gradient_iteration_once(make_model):
     model = make_model()
-    model.checkpoint_activations = True
+    model.kept_iterations = 0
     calls = []
     # A hook on the layer, not on the iteration: recomputation stops early at the last saved tensor.
     model.core.iteration.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))

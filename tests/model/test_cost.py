@@ -122,7 +122,7 @@ def test_flops_are_what_torch_counts(form, is_recomputed):
     """
     model = RecurrentModel(form)
     initialize(model, mean_depth=4, seed=0)
-    model.checkpoint_activations = is_recomputed
+    model.kept_iterations = 0 if is_recomputed else None
     tokens = torch.randint(0, SMALL.vocabulary_size, (1, SMALL.context))
     state = torch.randn(1, SMALL.context, SMALL.width)
     with FlopCounter() as counter, sdpa_kernel(SDPBackend.MATH):

@@ -64,7 +64,7 @@ def gradients(model: RecurrentModel) -> dict[str, Tensor]:
 @pytest.mark.parametrize("is_checkpointed", [False, True])
 @pytest.mark.parametrize("keep_logits", [False, True])
 def test_truncated_gradients_of_every_parameter_agree(golden, is_checkpointed, keep_logits):
-    golden.model.checkpoint_activations = is_checkpointed
+    golden.model.kept_iterations = 0 if is_checkpointed else None
     output = run(golden, Depth(2, 3), labels=golden.values["labels"], keep_logits=keep_logits)
     output.loss.backward()
     assert_close(output.loss.detach(), golden.values["loss.n2k3"][0])

@@ -1,0 +1,8 @@
+"""The model without autograd inside: hand-written backward passes on fused kernels.
+
+layer      one layer, forward and backward beside each other
+attention  which attention kernel runs, and its backward
+products   matrix products; weight gradients summed in float32; float8
+block      a layer of prelude or coda as one step of autograd
+core       the whole recurrence as one step of autograd
+"""

@@ -1,0 +1,141 @@
+"""Attention without autograd: which kernel runs, its forward, and its backward.
+
+Each backend is a pair of functions on [B, H, T, K] views of the packed projection, so nothing is
+copied to reach it. Which one is best at the model's shapes was measured:
+kernels/benchmarks/results/micro.csv.
+"""
+
+# B rows  T tokens  H heads  K head width
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.model.layout import Layout
+
+log = logging.getLogger(__name__)
+
+_aten = torch.ops.aten
+
+
+class Attended(NamedTuple):
+    """What attention gave, and what its backward pass needs besides q, k and v."""
+
+    mixed_BHTK: Tensor
+    statistics: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One attention kernel and its backward pass."""
+
+    name: str
+    forward: Callable[[Tensor, Tensor, Tensor, Layout], Attended]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def choose_backend(q_BHTK: Tensor, layout: Layout) -> Backend:
+    """The kernel for this dtype, device and mask; said once in the log."""
+    if not layout.mask.is_causal:
+        backend = REPLAYED
+    elif not q_BHTK.is_cuda:
+        backend = CPU
+    elif q_BHTK.dtype.itemsize != 2:
+        backend = REPLAYED
+    elif torch.are_deterministic_algorithms_enabled() or q_BHTK.shape[-1] % 8:
+        # cuDNN refuses deterministic algorithms, and head widths that are no multiple of 8
+        backend = FLASH
+    else:
+        backend = CUDNN
+    _announce(backend.name, q_BHTK.device.type, layout.mask.is_causal)
+    return backend
+
+
+@functools.cache
+def _announce(name: str, device: str, is_causal: bool) -> None:
+    mask = "causal" if is_causal else "masked"
+    log.info("%s attention on %s runs by %s", mask, device, name)
+
+
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Attended:
+    mixed, *statistics = _aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, True, False
+    )
+    return Attended(mixed, tuple(statistics[:-1]))
+
+
+def _cudnn_backward(
+    dmixed: Tensor, q: Tensor, k: Tensor, v: Tensor, attended: Attended, layout: Layout
+) -> tuple[Tensor, Tensor, Tensor]:
+    logsumexp, sequences_q, sequences_k, max_q, max_k, seed, offset = attended.statistics
+    gradients: tuple[Tensor, Tensor, Tensor] = (
+        _aten._scaled_dot_product_cudnn_attention_backward(
+            dmixed, q, k, v, attended.mixed_BHTK, logsumexp, seed, offset, None,
+            sequences_q, sequences_k, max_q, max_k, 0.0, True,
+        )
+    )  # fmt: skip
+    return gradients
+
+
+def _flash_forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Attended:
+    mixed, *statistics = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False)
+    return Attended(mixed, tuple(statistics[:-1]))
+
+
+def _flash_backward(
+    dmixed: Tensor, q: Tensor, k: Tensor, v: Tensor, attended: Attended, layout: Layout
+) -> tuple[Tensor, Tensor, Tensor]:
+    logsumexp, sequences_q, sequences_k, max_q, max_k, seed, offset = attended.statistics
+    gradients: tuple[Tensor, Tensor, Tensor] = (
+        _aten._scaled_dot_product_flash_attention_backward(
+            dmixed, q, k, v, attended.mixed_BHTK, logsumexp, sequences_q, sequences_k,
+            max_q, max_k, 0.0, True, seed, offset,
+        )
+    )  # fmt: skip
+    return gradients
+
+
+def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Attended:
+    mixed, logsumexp = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+    return Attended(mixed, (logsumexp,))
+
+
+def _cpu_backward(
+    dmixed: Tensor, q: Tensor, k: Tensor, v: Tensor, attended: Attended, layout: Layout
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients: tuple[Tensor, Tensor, Tensor] = (
+        _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dmixed, q, k, v, attended.mixed_BHTK, *attended.statistics, 0.0, True
+        )
+    )
+    return gradients
+
+
+def _replayed_forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Attended:
+    mask = None if layout.mask.is_causal else layout.matrix
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    return Attended(mixed, ())
+
+
+def _replayed_backward(
+    dmixed: Tensor, q: Tensor, k: Tensor, v: Tensor, attended: Attended, layout: Layout
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.enable_grad():
+        inputs = tuple(x.detach().requires_grad_() for x in (q, k, v))
+        mixed, _ = _replayed_forward(*inputs, layout)
+    dq, dk, dv = torch.autograd.grad(mixed, inputs, dmixed)
+    return dq, dk, dv
+
+
+CUDNN = Backend("cuDNN", _cudnn_forward, _cudnn_backward)
+FLASH = Backend("FlashAttention 2", _flash_forward, _flash_backward)
+CPU = Backend("the CPU's flash kernel", _cpu_forward, _cpu_backward)
+# Any mask, any dtype: torch picks the kernel, and the backward pass runs it once more.
+REPLAYED = Backend("torch's choice, run again in the backward pass", _replayed_forward,
+                   _replayed_backward)  # fmt: skip

@@ -1,0 +1,80 @@
+"""A layer of prelude or coda as one step of autograd."""
+
+# B rows  T tokens  D width
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from pretrain.model.fused.layer import (
+    LayerInput,
+    LayerWeights,
+    Place,
+    layer_backward,
+    layer_forward,
+)
+from pretrain.model.fused.products import GradientSums
+from pretrain.model.layout import Layout
+from pretrain_kernels.norm_chain import norm_chain, norm_chain_backward
+
+if TYPE_CHECKING:
+    from pretrain.model.block import SandwichBlock
+
+
+def fused_block(block: "SandwichBlock", x_BTD: Tensor, layout: Layout, epsilon: float) -> Tensor:
+    """A sandwich layer of [B, T, D]; its backward pass is written by hand."""
+    place = Place(layout, epsilon)
+    weights = LayerWeights.of(block)
+    keeps = torch.is_grad_enabled() and any(t.requires_grad for t in (x_BTD, *weights))
+    output: Tensor = _Block.apply(block, place, keeps, x_BTD, *weights)
+    return output
+
+
+class _Block(Function):
+    """The parameters are arguments so that autograd asks for their gradients, once each."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, block: "SandwichBlock", place: Place, keeps: bool, x_BTD: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        weights = LayerWeights.of(block)
+        chained = norm_chain(
+            None, x_BTD.flatten(0, 1), gain_b_D=weights.norm_1, epsilon=place.epsilon
+        )
+        after, saved = layer_forward(weights, LayerInput.after(chained, None), place, None)
+        ctx.block, ctx.place = block, place
+        # not through save_for_backward: none of it is an input or output, so no cycle can arise
+        ctx.saved = (chained, saved) if keeps else None
+        normed_ND = after.normed_ND
+        assert isinstance(normed_ND, Tensor)
+        return normed_ND.view_as(x_BTD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx_BTD: Tensor) -> tuple[Tensor | None, ...]:
+        weights, place = LayerWeights.of(ctx.block), ctx.place
+        (chained, saved), ctx.saved = taken_once(ctx.saved), None
+        sums = GradientSums.once()
+        dnormed_ND, dstream_ND = layer_backward(
+            weights, saved, place, None, sums, dx_BTD.contiguous().flatten(0, 1), None
+        )
+        dx_ND = norm_chain_backward(
+            dnormed_ND, dstream_ND, chained.sum_ND,
+            rstd_a_N=None, gain_a_D=None,
+            rstd_b_N=chained.rstd_b_N, gain_b_D=weights.norm_1,
+            dgain_b_D=sums.vector(weights.norm_1),
+        )  # fmt: skip
+        return None, None, None, dx_ND.view_as(dx_BTD), *(sums.take(weight) for weight in weights)
+
+
+def taken_once(saved: Any) -> Any:
+    """What a forward pass has kept; a RuntimeError if its backward pass has already run."""
+    if saved is None:
+        raise RuntimeError(
+            "the fused backward pass runs once: it frees and overwrites what the forward pass kept. "
+            "Call the model again, or take model.path=reference."
+        )
+    return saved
