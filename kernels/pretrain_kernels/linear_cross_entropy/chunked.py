@@ -98,7 +98,7 @@ class WeightGradient:
         if self.sum_VD is None:
             self.sum_VD = torch.zeros_like(self.like_VD, dtype=wide)
         if hidden_CD.is_cuda and hidden_CD.dtype != wide:
-            torch.addmm(self.sum_VD, dlogits_CV.t(), hidden_CD, out_dtype=wide, out=self.sum_VD)  # type: ignore[call-overload]
+            torch.addmm(self.sum_VD, dlogits_CV.t(), hidden_CD, out_dtype=wide, out=self.sum_VD)
         else:
             self.sum_VD.addmm_(dlogits_CV.t().to(wide), hidden_CD.to(wide))
 
