@@ -2,6 +2,8 @@
 
 # N tokens  D width  V vocabulary
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -30,12 +32,19 @@ def linear_cross_entropy(
     Raises ValueError for other types, shapes or strides. Source: arXiv 2410.10989 (chunks).
     """
     _check(hidden_ND, weight_VD, labels_N, chunk_tokens)
-    softmax = reference
-    if hidden_ND.dtype != torch.float64 and choose("linear_cross_entropy", hidden_ND):
-        from pretrain_kernels.linear_cross_entropy import triton as softmax  # type: ignore[no-redef]
+    softmax = softmax_for(hidden_ND)
     return ChunkedLinearCrossEntropy.apply(
         hidden_ND, weight_VD, labels_N, z_loss, chunk_tokens, softmax
     )
+
+
+def softmax_for(tensor: Tensor) -> ModuleType:
+    """The module with the two passes over logits of this type, on this device."""
+    if choose("linear_cross_entropy", tensor):
+        from pretrain_kernels.linear_cross_entropy import triton
+
+        return triton
+    return reference
 
 
 def _check(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk_tokens: int) -> None:

@@ -2,19 +2,12 @@
 
 # N tokens  C tokens of a chunk  D width  V vocabulary
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-
-class Softmax(Protocol):
-    """The two passes over the logits of a chunk, as `reference` and `triton` have them."""
-
-    nats_and_lse: Callable[..., tuple[Tensor, Tensor]]
-    logits_to_gradient_: Callable[..., None]
 
 
 class ChunkedLinearCrossEntropy(torch.autograd.Function):
@@ -32,9 +25,9 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
         labels_N: Tensor,
         z_loss: float,
         chunk_tokens: int,
-        softmax: Softmax,
+        softmax: ModuleType,
     ) -> Tensor:
-        """Nats of each token."""
+        """Nats of each token. `softmax` is `reference` or `triton` of this folder."""
         num_tokens = len(hidden_ND)
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
         nats_N, lse_N = (
