@@ -14,7 +14,7 @@ help:
 	@echo "make test-all  every test, also the slow ones and those under transformers 4.x"
 	@echo "make faults    kills, full disks, damage, hangs only"
 	@echo "make check     format, lint and types"
-	@echo "make bench     ratios of the loader on this machine"
+	@echo "make bench     what this machine can measure: the loader; with a GPU, the kernels too"
 	@echo "make clean     remove what make train produced (not .venv*)"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -49,6 +49,8 @@ faults: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python kernels/benchmarks/loader.py
+	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		$(BIN)/python kernels/benchmarks/micro.py; fi
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

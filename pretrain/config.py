@@ -16,7 +16,7 @@ from pretrain.loop.config import (
     ValidationConfig,
 )
 from pretrain.loop.guard_config import GuardConfig
-from pretrain.model.config import DepthConfig, ModelConfig
+from pretrain.model.config import ComputePath, DepthConfig, ModelConfig
 from pretrain.optim.config import OptimizerConfig, ScheduleConfig
 
 
@@ -83,6 +83,12 @@ class TrainConfig:
             raise ConfigError(
                 f"schedule.min_learning_rate={self.schedule.min_learning_rate} is above the peak, "
                 f"optimizer.learning_rate={self.optimizer.learning_rate}."
+            )
+        if self.model.path is ComputePath.compiled and self.engine.zero_stage == 3:
+            raise ConfigError(
+                "model.path=compiled with engine.zero_stage=3 has trained silently wrong (a compiled "
+                "step inside a module whose weights are gathered); take engine.zero_stage=2 or "
+                "model.path=fused."
             )
         self._check_dealing(rows)
 

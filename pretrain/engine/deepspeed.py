@@ -22,6 +22,8 @@ from pretrain.engine.ds_config import build_deepspeed_config
 from pretrain.engine.partitions import check_complete, find_partitions, refresh_weights
 from pretrain.engine.world import World
 from pretrain.errors import CheckpointError
+from pretrain.model.block import SandwichBlock
+from pretrain.model.config import ComputePath
 from pretrain.model.recurrent import Output, RecurrentCore, RecurrentModel
 from pretrain.optim.build import build_optimizer
 from pretrain.optim.ellis_adam import EllisAdam
@@ -170,8 +172,11 @@ class Engine:
             # DeepSpeed clones the world without a timeout of ours.
             groups._WORLD_GROUP = dist.new_group(range(self.world.size), timeout=timeout)
         if self.zero_stage == 3:
-            # The loop over iterations is one module call: ranks may differ in depth.
-            set_z3_leaf_modules(model, [RecurrentCore])
+            # The loop over iterations is one module call: ranks may differ in depth. A fused layer
+            # reads the weights of its parts without calling them, so it is gathered whole.
+            is_fused = config.model.path is ComputePath.fused
+            leaves = [RecurrentCore, *([SandwichBlock] if is_fused else [])]
+            set_z3_leaf_modules(model, leaves)
         # It prints memory reports.
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             engine, _, _, _ = deepspeed.initialize(

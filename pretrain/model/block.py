@@ -1,5 +1,9 @@
 """One transformer layer, in the published form and in that of a run that failed."""
 
+import functools
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
 
 from pretrain.model.attention import Attention
@@ -24,7 +28,7 @@ class SandwichBlock(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.is_fused = config.path is ComputePath.fused
+        self.path = config.path
         self.epsilon = config.norm_epsilon
         self.norm_1 = make_norm(config)
         self.attention = Attention(config)
@@ -35,11 +39,25 @@ class SandwichBlock(nn.Module):
 
     def forward(self, x_BTD: Tensor, layout: Layout, slot: Slot | None = None) -> Tensor:
         """[B, T, D] of [B, T, D]; with a slot, the tokens continue those already in it."""
-        if self.is_fused and slot is None:
+        if slot is None and self.path is ComputePath.fused:
             return fused_block(self, x_BTD, layout, self.epsilon)
-        x_BTD = self.norm_2(x_BTD + self.attention(self.norm_1(x_BTD), layout, slot))
-        x_BTD = self.norm_4(x_BTD + self.mlp(self.norm_3(x_BTD)))
-        return x_BTD
+        if slot is None and self.path is ComputePath.compiled:
+            return _compiled_sandwich()(self, x_BTD, layout)
+        return _sandwich(self, x_BTD, layout, slot)
+
+
+def _sandwich(
+    block: SandwichBlock, x_BTD: Tensor, layout: Layout, slot: Slot | None = None
+) -> Tensor:
+    x_BTD = block.norm_2(x_BTD + block.attention(block.norm_1(x_BTD), layout, slot))
+    x_BTD = block.norm_4(x_BTD + block.mlp(block.norm_3(x_BTD)))
+    return x_BTD
+
+
+@functools.cache
+def _compiled_sandwich() -> Callable[[SandwichBlock, Tensor, Layout], Tensor]:
+    """One compiled function for all layers: their weights are its inputs."""
+    return torch.compile(_sandwich)
 
 
 class PreNormBlock(nn.Module):

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.model.config import ModelConfig
+from pretrain.model.config import ComputePath, ModelConfig
 from pretrain.model.loss import linear_cross_entropy
 from pretrain.model.parameter import unset
+from pretrain_kernels import linear_cross_entropy as fused
 
 
 class TiedEmbedding(nn.Module):
@@ -23,6 +24,7 @@ class TiedEmbedding(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.scale = math.sqrt(config.width) if config.embedding_scale else 1.0
+        self.is_fused = config.path is ComputePath.fused
         self.weight = unset(config.vocabulary_size, config.width)
 
     def forward(
@@ -40,5 +42,6 @@ class TiedEmbedding(nn.Module):
         if labels_BT is None:
             logits_BTV = F.linear(hidden_BTD, self.weight)
             return logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
-        nats_N = linear_cross_entropy(hidden_BTD.flatten(0, 1), self.weight, labels_BT.flatten())
+        head = fused.linear_cross_entropy if self.is_fused else linear_cross_entropy
+        nats_N = head(hidden_BTD.flatten(0, 1), self.weight, labels_BT.flatten())
         return nats_N.view_as(labels_BT)

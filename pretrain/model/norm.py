@@ -3,14 +3,16 @@
 import torch
 from torch import Tensor, nn
 
-from pretrain.model.config import ModelConfig
+from pretrain.model.config import ComputePath, ModelConfig
 from pretrain.model.parameter import unset
+from pretrain_kernels.rms_norm import rms_norm_autograd
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
     """The model's norm, with or without a learned gain."""
     if config.norm_gain:
-        return RMSNorm(config.width, config.norm_epsilon)
+        is_fused = config.path is ComputePath.fused
+        return RMSNorm(config.width, config.norm_epsilon, is_fused=is_fused)
     return PlainRMSNorm(config.norm_epsilon)
 
 
@@ -32,13 +34,16 @@ class PlainRMSNorm(nn.Module):
 class RMSNorm(nn.Module):
     """The same, times a learned gain."""
 
-    def __init__(self, width: int, epsilon: float) -> None:
+    def __init__(self, width: int, epsilon: float, *, is_fused: bool = False) -> None:
         super().__init__()
         self.epsilon = epsilon
+        self.is_fused = is_fused
         self.gain = unset(width)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] in x's dtype, if the gain has it too."""
+        if self.is_fused:
+            return rms_norm_autograd(x_BTD, self.gain, self.epsilon)
         return _normalize(x_BTD, self.epsilon) * self.gain
 
 

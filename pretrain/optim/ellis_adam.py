@@ -1,6 +1,6 @@
 """ELLISAdam, the published run's optimizer, on whole tensors or on ZeRO's flat partitions."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,9 +8,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pretrain.optim.slices import Layout, Partition, unsharded
-
-# Temporaries stay below 64 MiB each, whatever the size of a tensor.
-CHUNK_ELEMENTS = 1 << 24
+from pretrain_kernels.ellis_adam import update_moments, update_weights
+from pretrain_kernels.spans import Piece, Spans
 
 
 class EllisAdam(Optimizer):
@@ -28,6 +27,7 @@ class EllisAdam(Optimizer):
 
     The rms runs over the whole tensor, so under ZeRO `layout` must be set before the first step;
     one all-reduce of a small fp64 vector per call then makes every sharding give the same rms.
+    Both passes over a partition run as kernels where it is float32 on a GPU, else as PyTorch.
     `lr` is set on the groups before each step; `peak` stays what the constructor was given.
     State per partition: `step` (fp32 scalar on the CPU), `exp_avg`, `exp_avg_sq`.
     """
@@ -60,6 +60,9 @@ class EllisAdam(Optimizer):
         self.is_held = False
         # Divisors of the rate of each tensor of a partition at its last update.
         self.clips: dict[Tensor, Tensor] = {}
+        self._spans: dict[Tensor, Spans] = {}
+        # This rank's sums of g^2 / v of each tensor of a partition at its last update, fp64.
+        self._ratios: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -89,14 +92,17 @@ class EllisAdam(Optimizer):
             state["exp_avg"] = torch.zeros_like(flat)
             state["exp_avg_sq"] = torch.zeros_like(flat)
         state["step"] += 1
-        beta1, beta2, floor = group["beta1"], group["beta2"], group["floor"]
-        for _, _, gradient, mean, square in _chunks(partition, state):
-            if is_first and self.running_init:
-                mean.copy_(gradient)
-                torch.mul(gradient, gradient, out=square)
-            mean.lerp_(gradient, 1 - beta1)
-            square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-            square.clamp_(min=floor * floor)
+        assert flat.grad is not None
+        self._ratios[flat] = update_moments(
+            _line(flat.grad),
+            _line(state["exp_avg"]),
+            _line(state["exp_avg_sq"]),
+            self._spans_of(partition),
+            beta1=group["beta1"],
+            beta2=group["beta2"],
+            floor=group["floor"],
+            is_start=is_first and self.running_init,
+        )
 
     def _clips(self, work: list[tuple[dict[str, Any], Partition]], layout: Layout) -> list[Tensor]:
         """One fp64 divisor per tensor, for each partition: max(1, rms(g / sqrt(v)))."""
@@ -105,11 +111,7 @@ class EllisAdam(Optimizer):
         if not self.update_clipping:
             ones = torch.ones(sum(counts), dtype=torch.float64, device=device)
             return list(torch.split(ones, counts))
-        sums = torch.zeros(sum(counts), dtype=torch.float64, device=device)
-        for (_, partition), own in zip(work, torch.split(sums, counts), strict=True):
-            for tensor, _, gradient, _, square in _chunks(partition, self.state[partition.flat]):
-                ratio = (gradient * gradient).div_(square)
-                own[tensor] += ratio.sum(dtype=torch.float64)
+        sums = torch.cat([self._ratios[partition.flat] for _, partition in work])
         layout.reduce(sums)
         numels = [tensor.numel for _, partition in work for tensor in partition.tensors]
         mean = sums / torch.tensor(numels, dtype=torch.float64, device=device)
@@ -122,21 +124,30 @@ class EllisAdam(Optimizer):
         etas = (rate / clip).to(torch.float32)
         keep = 1 - group["lr"] / group["peak"] * group["weight_decay"]
         correction = (1 - group["beta2"] ** updates) ** -0.5
-        for tensor, weight, _, mean, square in _chunks(partition, state):
-            angle = torch.atan2(mean, square.sqrt().mul_(correction))
-            weight.mul_(keep).sub_(angle.mul_(etas[tensor]))
+        update_weights(
+            _line(partition.flat),
+            _line(state["exp_avg"]),
+            _line(state["exp_avg_sq"]),
+            etas,
+            self._spans_of(partition),
+            keep=keep,
+            correction=correction,
+        )
+
+    def _spans_of(self, partition: Partition) -> Spans:
+        """The same object as long as the same pieces lie in the same flat tensor."""
+        flat = partition.flat
+        pieces = tuple(
+            Piece(fragment.tensor, fragment.partition_start, fragment.numel)
+            for fragment in partition.fragments
+        )
+        known = self._spans.get(flat)
+        if known is None or known.pieces != pieces:
+            known = Spans(pieces, len(partition.tensors), flat.device)
+            self._spans[flat] = known
+        return known
 
 
-def _chunks(
-    partition: Partition, state: dict[str, Tensor]
-) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
-    """Small views of a partition: (tensor index, weight, gradient, mean, mean square)."""
-    assert partition.flat.grad is not None
-    tensors = (partition.flat, partition.flat.grad, state["exp_avg"], state["exp_avg_sq"])
-    flats = [tensor.detach().view(-1) for tensor in tensors]
-    for fragment in partition.fragments:
-        end = fragment.partition_start + fragment.numel
-        for start in range(fragment.partition_start, end, CHUNK_ELEMENTS):
-            numel = min(CHUNK_ELEMENTS, end - start)
-            weight, gradient, mean, square = (flat.narrow(0, start, numel) for flat in flats)
-            yield fragment.tensor, weight, gradient, mean, square
+def _line(tensor: Tensor) -> Tensor:
+    """The same memory in one dimension."""
+    return tensor.detach().view(-1)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from pretrain.optim import ellis_adam
 from pretrain.optim.ellis_adam import EllisAdam
 from pretrain.optim.slices import Fragment, Layout, Partition, TensorInfo
+from pretrain_kernels.ellis_adam import reference
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "optimizer.safetensors"
 FACTORS = [0.25, 0.5, 0.75, 1, 1, 0.5]
@@ -147,7 +147,7 @@ def test_small_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         return weight.data
 
     whole = run()
-    monkeypatch.setattr(ellis_adam, "CHUNK_ELEMENTS", 7)
+    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 7)
     torch.testing.assert_close(run(), whole, rtol=1.2e-7, atol=0)
 
 

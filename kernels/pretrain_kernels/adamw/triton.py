@@ -1,0 +1,92 @@
+"""AdamW in one pass of 28 bytes per parameter, with each tensor's sum of squared gradients."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pretrain_kernels.spans import SPAN_ELEMENTS, Spans
+from pretrain_kernels.spans_triton import (
+    BLOCK,
+    BLOCKS,
+    NUM_WARPS,
+    add_up,
+    empty_partials,
+    read_span,
+)
+
+
+@triton.jit
+def _step_of(p, g, m, v, keep, rest1, beta2, rest2, root, epsilon, eta):
+    m = m + rest1 * (g - m)
+    v = beta2 * v + rest2 * g * g
+    p = p * keep - eta * (m / (tl.sqrt(v) / root + epsilon))
+    return p, m, v
+
+
+@triton.jit
+def _adamw(
+    weight, gradient, mean, square, table, partials,
+    keep, rest1, beta2, rest2, root, epsilon, eta,
+    SPAN: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    keep, rest1, beta2 = (
+        tl.cast(keep, tl.float32),
+        tl.cast(rest1, tl.float32),
+        tl.cast(beta2, tl.float32),
+    )
+    rest2, root = tl.cast(rest2, tl.float32), tl.cast(root, tl.float32)
+    epsilon, eta = tl.cast(epsilon, tl.float32), tl.cast(eta, tl.float32)
+    start, low, high, _ = read_span(table, SPAN)
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float64)
+    if (low == 0) & (high == SPAN):
+        for block in range(BLOCKS):
+            at = start + block * BLOCK + lane
+            p, g = tl.load(weight + at), tl.load(gradient + at)
+            m, v = tl.load(mean + at), tl.load(square + at)
+            p, m, v = _step_of(p, g, m, v, keep, rest1, beta2, rest2, root, epsilon, eta)
+            total += g.to(tl.float64) * g.to(tl.float64)
+            tl.store(weight + at, p)
+            tl.store(mean + at, m)
+            tl.store(square + at, v)
+    else:
+        for block in range(BLOCKS):
+            inside = block * BLOCK + lane
+            is_own = (inside >= low) & (inside < high)
+            at = start + inside
+            p = tl.load(weight + at, mask=is_own, other=0.0)
+            g = tl.load(gradient + at, mask=is_own, other=0.0)
+            m = tl.load(mean + at, mask=is_own, other=0.0)
+            v = tl.load(square + at, mask=is_own, other=1.0)
+            p, m, v = _step_of(p, g, m, v, keep, rest1, beta2, rest2, root, epsilon, eta)
+            total += g.to(tl.float64) * g.to(tl.float64)
+            tl.store(weight + at, p, mask=is_own)
+            tl.store(mean + at, m, mask=is_own)
+            tl.store(square + at, v, mask=is_own)
+    tl.store(partials + tl.program_id(0), tl.sum(total, 0))
+
+
+def adamw_(
+    weight: Tensor,
+    gradient: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    spans: Spans,
+    *,
+    rate: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    weight_decay: float,
+    step: int,
+) -> Tensor:
+    """See `reference.adamw_`."""
+    partials_S = empty_partials(spans)
+    if len(partials_S):
+        _adamw[(len(partials_S),)](
+            weight, gradient, mean, square, spans.table_S4, partials_S,
+            float(1 - rate * weight_decay), float(1 - beta1), float(beta2), float(1 - beta2),
+            float((1 - beta2**step) ** 0.5), float(epsilon), float(rate / (1 - beta1**step)),
+            SPAN=SPAN_ELEMENTS, BLOCK=BLOCK, BLOCKS=BLOCKS, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return add_up(partials_S, spans)

@@ -1,0 +1,345 @@
+"""Optimizers on flat partitions: spans cover every element once, kernels against float64.
+
+Tests marked gpu run on CUDA, or on the CPU in Triton's interpreter (test_in_the_interpreter).
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pretrain.optim.ellis_adam import EllisAdam
+from pretrain.testing import load_module
+from pretrain_kernels.adamw import adamw_
+from pretrain_kernels.dispatch import has_triton, is_interpreted
+from pretrain_kernels.ellis_adam import reference, update_moments, update_weights
+from pretrain_kernels.spans import SPAN_ELEMENTS, Piece, Spans
+
+needs_kernels = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not (torch.cuda.is_available() or is_interpreted()), reason="no GPU, not interpreted"
+    ),
+]
+needs_gpu = [*needs_kernels, pytest.mark.skipif(is_interpreted(), reason="needs a GPU")]
+DEVICE = torch.device("cpu" if is_interpreted() else "cuda")
+# between tensors and at both ends lies padding; one tensor is missing, one is in two pieces
+PIECES = (
+    Piece(2, 3, 17),
+    Piece(0, 40, 2 * SPAN_ELEMENTS),
+    Piece(3, 33_000, 999),
+    Piece(2, 34_001, 7),
+)
+NUM_TENSORS, LENGTH = 4, 34_100
+MOMENTS = {"beta1": 0.9, "beta2": 0.95, "floor": 1e-2}
+WEIGHTS = {"keep": 0.99, "correction": 1.7}
+ADAMW = {
+    "rate": 3e-3, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1, "step": 3
+}  # fmt: skip
+
+
+def spans_on(device: torch.device | str) -> Spans:
+    return Spans(PIECES, NUM_TENSORS, torch.device(device))
+
+
+def state(device: torch.device | str = "cpu") -> list[Tensor]:
+    """weight, gradient, mean, square: float32, NaN where there is padding."""
+    random = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(LENGTH, generator=random) for _ in range(4)]
+    tensors[3].square_()
+    # some squares come to lie below the floor
+    tensors[1][40:140] *= 1e-4
+    tensors[3][40:140] *= 1e-8
+    for tensor in tensors:
+        tensor[~is_owned()] = torch.nan
+    return [tensor.to(device) for tensor in tensors]
+
+
+def is_owned() -> Tensor:
+    owned = torch.zeros(LENGTH, dtype=torch.bool)
+    for piece in PIECES:
+        owned[piece.start : piece.start + piece.numel] = True
+    return owned
+
+
+def doubled(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.double() for tensor in tensors]
+
+
+@given(
+    sizes=st.lists(
+        st.tuples(st.integers(0, 3), st.integers(0, 40_000), st.integers(0, 20_000)), max_size=6
+    )
+)
+def test_spans_cover_every_element_of_a_piece_once(sizes: list[tuple[int, int, int]]) -> None:
+    pieces, position = [], 0
+    for tensor, numel, padding in sizes:
+        pieces.append(Piece(tensor, position + padding, numel))
+        position += padding + numel
+    spans = Spans(pieces, 4, torch.device("cpu"))
+    owner = torch.full((position,), -1)
+    for piece in pieces:
+        owner[piece.start : piece.start + piece.numel] = piece.tensor
+    covered = torch.full((position,), -1)
+    for number, low, high, tensor in spans.table_S4.tolist():
+        assert 0 <= low < high <= SPAN_ELEMENTS
+        part = covered[number * SPAN_ELEMENTS + low : number * SPAN_ELEMENTS + high]
+        assert len(part) == high - low
+        assert (part == -1).all()
+        part.fill_(tensor)
+    assert torch.equal(covered, owner)
+    bounds = spans.bounds_T1.tolist()
+    assert bounds[0] == 0
+    for tensor in range(4):
+        rows = spans.table_S4[bounds[tensor] : bounds[tensor + 1], 3]
+        assert (rows == tensor).all()
+    assert bounds[4] == len(spans.table_S4)
+
+
+def test_moments_and_sums_follow_the_rule() -> None:
+    _, gradient, mean, square = state()
+    g, m, v = doubled([gradient, mean, square])
+    sums = update_moments(gradient, mean, square, spans_on("cpu"), is_start=False, **MOMENTS)
+    m = 0.9 * m + 0.1 * g
+    v = (0.95 * v + 0.05 * g * g).clamp(min=1e-4)
+    torch.testing.assert_close(mean.double(), m, rtol=1e-6, atol=1e-7, equal_nan=True)
+    torch.testing.assert_close(square.double(), v, rtol=1e-6, atol=0, equal_nan=True)
+    ratio = (g * g / v).nan_to_num()
+    parts = [ratio[piece.start : piece.start + piece.numel].sum() for piece in PIECES]
+    expected = torch.stack([parts[1], torch.zeros_like(parts[0]), parts[0] + parts[3], parts[2]])
+    torch.testing.assert_close(sums, expected, rtol=1e-6, atol=0)
+
+
+def test_adamw_follows_torch() -> None:
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(100, generator=random, dtype=torch.float64)
+    theirs = torch.nn.Parameter(weight.clone())
+    optimizer = torch.optim.AdamW([theirs], lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    mean, square = torch.zeros_like(weight), torch.zeros_like(weight)
+    spans = Spans([Piece(0, 0, 60), Piece(1, 60, 40)], 2, torch.device("cpu"))
+    for step in (1, 2, 3):
+        theirs.grad = torch.randn(100, generator=random, dtype=torch.float64)
+        optimizer.step()
+        sums = adamw_(weight, theirs.grad, mean, square, spans, **ADAMW | {"step": step})
+        torch.testing.assert_close(weight, theirs.data, rtol=1e-13, atol=1e-14)
+        parts = theirs.grad.square().split([60, 40])
+        torch.testing.assert_close(sums, torch.stack([part.sum() for part in parts]))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.update(mean=t["mean"][:-1]), r"mean has shape \(34099,\)"),
+        (lambda t: t.update(mean=t["mean"].repeat(2)[::2]), r"mean .* strides \(2,\)"),
+        (lambda t: t.update(square=t["square"].double()), "square is torch.float64, gradient is"),
+        (lambda t: t.update({k: t[k][:34_000] for k in t}), "reach element 34008, .* has 34000"),
+        (lambda t: t.update(mean=t["mean"].to("meta")), "mean is on meta, gradient on cpu"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, said: str) -> None:
+    tensors = dict(zip(("gradient", "mean", "square"), state()[1:], strict=True))
+    change(tensors)
+    with pytest.raises(ValueError, match=said):
+        update_moments(**tensors, spans=spans_on("cpu"), is_start=False, **MOMENTS)
+
+
+def test_what_does_not_fit_a_partition_is_refused() -> None:
+    weight, gradient, mean, square = state()
+    for etas in (torch.ones(3), torch.ones(4, dtype=torch.float64)):
+        with pytest.raises(ValueError, match="one for each of 4 tensors"):
+            update_weights(weight, mean, square, etas, spans_on("cpu"), **WEIGHTS)
+    with pytest.raises(ValueError, match="step=0, but steps are counted from 1"):
+        adamw_(weight, gradient, mean, square, spans_on("cpu"), **ADAMW | {"step": 0})
+    with pytest.raises(ValueError, match="does not fit 4 tensors"):
+        Spans([Piece(4, 0, 1)], 4, torch.device("cpu"))
+
+
+class TestKernels:
+    pytestmark = needs_kernels
+
+    @pytest.mark.parametrize("is_start", [True, False])
+    def test_moments_equal_float64(self, is_start: bool) -> None:
+        _, gradient, mean, square = state(DEVICE)
+        if is_start:
+            # what the moments hold does not matter
+            mean.fill_(torch.nan)
+            square.fill_(torch.nan)
+        exact = doubled([gradient, mean, square])
+        spans = spans_on(DEVICE)
+        options = MOMENTS | {"is_start": is_start}
+        expected = reference.update_moments(*exact, spans, **options)
+        sums = update_moments(gradient, mean, square, spans, **options)
+        # at most three float32 roundings each, of numbers of which the larger is below 5
+        torch.testing.assert_close(mean.double(), exact[1], rtol=2e-7, atol=5e-7, equal_nan=True)
+        torch.testing.assert_close(square.double(), exact[2], rtol=4e-7, atol=0, equal_nan=True)
+        torch.testing.assert_close(sums, expected, rtol=1e-6, atol=0)
+
+    def test_weights_equal_float64(self) -> None:
+        weight, _, mean, square = state(DEVICE)
+        exact = doubled([weight, mean, square])
+        etas = torch.tensor([0.1, 0.2, 0.3, 0.4], device=DEVICE)
+        spans = spans_on(DEVICE)
+        reference.update_weights(*exact, etas, spans, **WEIGHTS)
+        update_weights(weight, mean, square, etas, spans, **WEIGHTS)
+        torch.testing.assert_close(weight.double(), exact[0], rtol=2e-7, atol=5e-7, equal_nan=True)
+
+    def test_adamw_equals_float64(self) -> None:
+        tensors = state(DEVICE)
+        exact = doubled(tensors)
+        spans = spans_on(DEVICE)
+        # a float64 partition takes the reference
+        expected, sums = adamw_(*exact, spans, **ADAMW), adamw_(*tensors, spans, **ADAMW)
+        for got, wanted in zip(tensors, exact, strict=True):
+            torch.testing.assert_close(got.double(), wanted, rtol=5e-7, atol=5e-7, equal_nan=True)
+        torch.testing.assert_close(sums, expected, rtol=1e-12, atol=0)
+
+    def test_angles_are_right_to_a_few_units_in_the_last_place(self) -> None:
+        exponents = torch.linspace(-18, 18, 701, dtype=torch.float64)
+        roots = torch.tensor([1e-6, 1.0, 3e4], dtype=torch.float64)[:, None]
+        mean = (torch.exp(exponents) * roots).flatten().float()
+        mean = torch.cat([mean, -mean, torch.zeros(3)])
+        square = roots.expand(3, 701).flatten().repeat(2)
+        square = torch.cat([square, torch.tensor([0.0, 1.0, 5.0])]).square().float()
+        spans = Spans([Piece(0, 0, len(mean))], 1, DEVICE)
+        angle = torch.zeros(len(mean), device=DEVICE)
+        update_weights(
+            angle, mean.to(DEVICE), square.to(DEVICE), torch.tensor([-1.0], device=DEVICE), spans,
+            keep=0.0, correction=1.0,
+        )  # fmt: skip
+        exact = torch.atan2(mean.double(), square.double().sqrt())
+        # root, two divisions and the polynomial: 1 to 2 units of 1.2e-7 each
+        torch.testing.assert_close(angle.cpu().double(), exact, rtol=8e-7, atol=0)
+
+    def test_nan_stays_in_its_tensor(self) -> None:
+        weight, gradient, mean, square = state(DEVICE)
+        gradient[33_500] = torch.nan
+        spans = spans_on(DEVICE)
+        sums = update_moments(gradient, mean, square, spans, is_start=False, **MOMENTS)
+        assert sums.isnan().tolist() == [False, False, False, True]
+        etas = torch.ones(NUM_TENSORS, device=DEVICE)
+        update_weights(weight, mean, square, etas, spans, **WEIGHTS)
+        nan = weight.isnan().cpu() & is_owned()
+        assert nan.nonzero().flatten().tolist() == [33_500]
+
+    def test_twice_gives_the_same_bits(self) -> None:
+        results = []
+        for _ in range(2):
+            weight, gradient, mean, square = state(DEVICE)
+            spans = spans_on(DEVICE)
+            sums = update_moments(gradient, mean, square, spans, is_start=False, **MOMENTS)
+            norms = adamw_(weight, gradient, mean, square, spans, **ADAMW)
+            results.append(torch.cat([sums, norms, weight.nan_to_num().double()]))
+        assert torch.equal(*results)
+
+    def test_sums_do_not_depend_on_the_cut(self) -> None:
+        gradient, mean, square = (tensor[40:32_808].clone() for tensor in state(DEVICE)[1:])
+        whole = Spans([Piece(0, 0, len(gradient))], 1, DEVICE)
+        expected = update_moments(
+            gradient, mean.clone(), square.clone(), whole, is_start=False, **MOMENTS
+        )
+        total = torch.zeros_like(expected)
+        for first, end in ((0, 12_345), (12_345, 32_768)):
+            part = [tensor[first:end].clone() for tensor in (gradient, mean, square)]
+            spans = Spans([Piece(0, 0, end - first)], 1, DEVICE)
+            total += update_moments(*part, spans, is_start=False, **MOMENTS)
+        torch.testing.assert_close(total, expected, rtol=1e-14, atol=0)
+
+    def test_a_partition_without_elements_has_sums_of_zero(self) -> None:
+        spans = Spans([], 2, DEVICE)
+        none = torch.empty(0, device=DEVICE)
+        sums = update_moments(none, none, none, spans, is_start=True, **MOMENTS)
+        assert sums.tolist() == [0.0, 0.0]
+
+    @pytest.mark.parametrize("clips", [True, False])
+    def test_the_optimizer_follows_float64(self, clips: bool) -> None:
+        results = []
+        for dtype in (torch.float32, torch.float64):
+            random = torch.Generator().manual_seed(0)
+            shapes = ((130, 129), (77,))
+            weights = [
+                torch.randn(shape, generator=random).to(DEVICE, dtype).requires_grad_()
+                for shape in shapes
+            ]
+            optimizer = EllisAdam(weights, lr=3e-3, weight_decay=0.05, update_clipping=clips)
+            for step in range(5):
+                for weight in weights:
+                    gradient = torch.randn(weight.shape, generator=random) * 4.0**step
+                    weight.grad = gradient.to(DEVICE, dtype)
+                optimizer.step()
+            results.append(torch.cat([weight.detach().flatten().double() for weight in weights]))
+        # five updates, each rounded a few times at the size of the weight, below 5
+        torch.testing.assert_close(*results, rtol=1e-6, atol=2e-6)
+
+
+class TestOnGpu:
+    pytestmark = needs_gpu
+
+    def test_offsets_go_past_2_to_the_31(self) -> None:
+        start, numel = (1 << 31) + 5, 3 * SPAN_ELEMENTS
+        length = start + numel + 100
+        gradient, mean, square = (torch.zeros(length, device=DEVICE) for _ in range(3))
+        tail = slice(start, start + numel)
+        gradient[tail] = torch.randn(numel, device=DEVICE)
+        small = [tensor[tail].clone() for tensor in (gradient, mean, square)]
+        spans = Spans([Piece(0, start, numel)], 1, DEVICE)
+        sums = update_moments(gradient, mean, square, spans, is_start=True, **MOMENTS)
+        of_small = Spans([Piece(0, 0, numel)], 1, DEVICE)
+        expected = update_moments(*small, of_small, is_start=True, **MOMENTS)
+        assert torch.equal(mean[tail], small[1])
+        assert torch.equal(square[tail], small[2])
+        torch.testing.assert_close(sums, expected, rtol=1e-14, atol=0)
+        # nothing else was written
+        assert torch.equal(square.count_nonzero(), small[2].count_nonzero())
+
+
+@pytest.mark.skipif(not has_triton(), reason="triton is not installed")
+class TestWithoutGpu:
+    def test_in_the_interpreter(self) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-m", "gpu", __file__],
+            env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "11 passed" in done.stdout
+
+    @pytest.mark.skipif(is_interpreted(), reason="compiles")
+    @pytest.mark.parametrize(
+        ("op", "name", "constants", "loads", "stores"),
+        [
+            ("ellis_adam", "_moments", {"IS_START": False}, 3, 2),
+            ("ellis_adam", "_moments", {"IS_START": True}, 1, 2),
+            ("ellis_adam", "_weights", {}, 3, 1),
+            ("adamw", "_adamw", {}, 4, 3),
+        ],
+    )
+    def test_compiled_for_hopper(
+        self, op: str, name: str, constants: dict[str, bool], loads: int, stores: int,
+        tmp_path: Path, monkeypatch,
+    ) -> None:  # fmt: skip
+        from importlib import import_module
+
+        from pretrain_kernels.spans_triton import BLOCK, BLOCKS, NUM_WARPS
+
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        kernel = getattr(import_module(f"pretrain_kernels.{op}.triton"), name)
+        types = dict.fromkeys(kernel.arg_names, "fp32")
+        types |= dict.fromkeys(("weight", "gradient", "mean", "square", "etas"), "*fp32")
+        types |= {"table": "*i32", "partials": "*fp64"}
+        constants = constants | {"SPAN": SPAN_ELEMENTS, "BLOCK": BLOCK, "BLOCKS": BLOCKS}
+        code = load_module(Path(__file__).with_name("sass.py")).compile_for_hopper(
+            kernel, types, constants, NUM_WARPS
+        )
+        assert code.stack_bytes == code.local_accesses == 0
+        # 1024 numbers of 4 bytes over 128 threads: two accesses of 16 bytes of each array
+        assert code.wide_loads == 2 * loads
+        assert code.wide_stores == 2 * stores
