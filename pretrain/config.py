@@ -86,9 +86,9 @@ class TrainConfig:
             )
         if self.model.path is ComputePath.compiled and self.engine.zero_stage == 3:
             raise ConfigError(
-                "model.path=compiled with engine.zero_stage=3 has trained silently wrong (a compiled "
-                "step inside a module whose weights are gathered); take engine.zero_stage=2 or "
-                "model.path=fused."
+                "model.path=compiled with engine.zero_stage=3 has trained silently wrong (a "
+                "compiled step inside a module whose weights are gathered); take "
+                "engine.zero_stage=2 or model.path=fused."
             )
         self._check_dealing(rows)
 

@@ -57,10 +57,10 @@ class EngineConfig:
                 "engine.overlap_comm=true does nothing with engine.zero_stage=1 and "
                 "engine.precision=bf16, which reduce once per step; use engine.zero_stage=2."
             )
-        if self.kept_iterations and not self.checkpoint_activations or self.kept_iterations < 0:
+        if (self.kept_iterations and not self.checkpoint_activations) or self.kept_iterations < 0:
             raise ConfigError(
-                f"engine.kept_iterations={self.kept_iterations} must be 0 or more, and all are kept "
-                "without engine.checkpoint_activations=true."
+                f"engine.kept_iterations={self.kept_iterations} must be 0 or more, and all are "
+                "kept without engine.checkpoint_activations=true."
             )
         for name in ("bucket_elements", "timeout_s"):
             if getattr(self, name) < 1:

@@ -100,7 +100,7 @@ class ModelConfig:
     qk_bias: bool = True
     """Whether queries and keys get a learned bias."""
     path: ComputePath = ComputePath.reference
-    """reference: plain PyTorch; compiled: layers and iterations by torch.compile; fused: kernels."""
+    """reference: plain PyTorch; compiled: layers by torch.compile; fused: hand-written passes."""
     no_grad_precision: NoGradPrecision = NoGradPrecision.same
     """fp8: float8 products in the iterations without gradient; needs path=fused and a GPU."""
 
@@ -120,7 +120,8 @@ class ModelConfig:
         self._check_path()
 
     def _check_path(self) -> None:
-        if self.no_grad_precision is not NoGradPrecision.same and self.path is not ComputePath.fused:
+        is_fused = self.path is ComputePath.fused
+        if self.no_grad_precision is not NoGradPrecision.same and not is_fused:
             raise ConfigError(
                 f"model.no_grad_precision={self.no_grad_precision.value} needs model.path=fused, "
                 f"not {self.path.value}."
@@ -135,7 +136,7 @@ class ModelConfig:
             )
             if value is not published
         ]
-        if self.path is ComputePath.fused and unpublished:
+        if is_fused and unpublished:
             raise ConfigError(
                 f"model.path=fused is written for the published model, not for "
                 f"{', '.join(unpublished)}; take model.path=compiled."

@@ -127,9 +127,9 @@ def _replayed_backward(
     dmixed: Tensor, q: Tensor, k: Tensor, v: Tensor, attended: Attended, layout: Layout
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.enable_grad():
-        inputs = tuple(x.detach().requires_grad_() for x in (q, k, v))
-        mixed, _ = _replayed_forward(*inputs, layout)
-    dq, dk, dv = torch.autograd.grad(mixed, inputs, dmixed)
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        mixed, _ = _replayed_forward(q, k, v, layout)
+    dq, dk, dv = torch.autograd.grad(mixed, (q, k, v), dmixed)
     return dq, dk, dv
 
 

@@ -2,10 +2,10 @@
 
 # B rows  T tokens  D width
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
@@ -20,11 +20,8 @@ from pretrain.model.fused.products import GradientSums
 from pretrain.model.layout import Layout
 from pretrain_kernels.norm_chain import norm_chain, norm_chain_backward
 
-if TYPE_CHECKING:
-    from pretrain.model.block import SandwichBlock
 
-
-def fused_block(block: "SandwichBlock", x_BTD: Tensor, layout: Layout, epsilon: float) -> Tensor:
+def fused_block(block: nn.Module, x_BTD: Tensor, layout: Layout, epsilon: float) -> Tensor:
     """A sandwich layer of [B, T, D]; its backward pass is written by hand."""
     place = Place(layout, epsilon)
     weights = LayerWeights.of(block)
@@ -38,7 +35,12 @@ class _Block(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, block: "SandwichBlock", place: Place, keeps: bool, x_BTD: Tensor, *parameters: Tensor
+        ctx: Any,
+        block: nn.Module,
+        place: Place,
+        keeps: bool,
+        x_BTD: Tensor,
+        *parameters: Tensor,
     ) -> Tensor:
         weights = LayerWeights.of(block)
         chained = norm_chain(
@@ -74,7 +76,7 @@ def taken_once(saved: Any) -> Any:
     """What a forward pass has kept; a RuntimeError if its backward pass has already run."""
     if saved is None:
         raise RuntimeError(
-            "the fused backward pass runs once: it frees and overwrites what the forward pass kept. "
-            "Call the model again, or take model.path=reference."
+            "the fused backward pass runs once: it frees and overwrites what the forward pass "
+            "kept. Call the model again, or take model.path=reference."
         )
     return saved

@@ -1,7 +1,7 @@
 """The whole recurrence as one step of autograd: its loop forward, and its loop backward.
 
 Differences from the plain loop (model/core.py), which is the oracle:
-- the adapter is split: A [s ; e] = A_s s + A_e e, and A_e e is computed once, not in every iteration;
+- the adapter is split, A [s ; e] = A_s s + A_e e, and A_e e is computed once for all iterations;
 - each weight's gradient over all iterations is summed in float32 inside the matrix product, and
   returned once, so hooks of an engine fire once;
 - what an iteration keeps is chosen by hand, and freed as the backward loop goes.
@@ -29,7 +29,7 @@ from pretrain.model.fused.layer import (
     layer_backward,
     layer_forward,
 )
-from pretrain.model.fused.products import GradientSums, project
+from pretrain.model.fused.products import GradientSums
 from pretrain.model.layout import Layout
 from pretrain_kernels.norm_chain import norm_chain, norm_chain_backward
 
@@ -137,9 +137,11 @@ class Recurrence:
         layers = []
         for index, weight in enumerate(weights):
             given, saved = layer_forward(
-                weight, given, place, _next_norm(weights, index), float8 and float8[index]
-            )
+                weight, given, place, _next_norm(weights, index),
+                None if float8 is None else float8[index],
+            )  # fmt: skip
             if keeps:
+                assert saved is not None
                 layers.append(saved)
         assert isinstance(given.normed_ND, Tensor)
         return given.normed_ND, Kept(first, layers) if keeps else None

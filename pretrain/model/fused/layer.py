@@ -11,10 +11,10 @@ to the next: each norm is computed where its input is at hand.
 # N rows x tokens  D width  I inner width  B rows  T tokens  H heads  K head width
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pretrain.model.fused.attention import Attended, choose_backend
 from pretrain.model.fused.products import GradientSums, project
@@ -24,9 +24,6 @@ from pretrain_kernels.norm_chain import Chained, norm_chain, norm_chain_backward
 from pretrain_kernels.qk_rope import qk_rope_, qk_rope_backward
 from pretrain_kernels.quantize_rows import quantize_rows
 from pretrain_kernels.swiglu import swiglu, swiglu_backward
-
-if TYPE_CHECKING:
-    from pretrain.model.block import SandwichBlock
 
 
 class LayerWeights(NamedTuple):
@@ -43,20 +40,22 @@ class LayerWeights(NamedTuple):
     norm_4: Tensor
 
     @staticmethod
-    def of(block: "SandwichBlock") -> "LayerWeights":
-        """The parameters themselves, read when they are needed: ZeRO-3 swaps what is in them."""
-        assert block.attention.qk_bias is not None
-        return LayerWeights(
-            block.norm_1.gain,
-            block.attention.qkv,
-            block.attention.qk_bias,
-            block.attention.output,
-            block.norm_2.gain,
-            block.norm_3.gain,
-            block.mlp.gate_up,
-            block.mlp.down,
-            block.norm_4.gain,
-        )
+    def of(block: nn.Module) -> "LayerWeights":
+        """The parameters of a SandwichBlock, read when needed: ZeRO-3 swaps what is in them."""
+        return LayerWeights(*(block.get_parameter(name) for name in PARAMETERS))
+
+
+PARAMETERS = (
+    "norm_1.gain",
+    "attention.qkv",
+    "attention.qk_bias",
+    "attention.output",
+    "norm_2.gain",
+    "norm_3.gain",
+    "mlp.gate_up",
+    "mlp.down",
+    "norm_4.gain",
+)
 
 
 class Float8Weights(NamedTuple):
@@ -123,11 +122,11 @@ def layer_forward(
     place: Place,
     next_norm_D: Tensor | None,
     float8: Float8Weights | None = None,
-) -> tuple[LayerInput, Saved]:
+) -> tuple[LayerInput, Saved | None]:
     """The input of the next layer, whose first norm has the gain next_norm_D.
 
     Without a next layer `normed_ND` is x' itself. With float8 weights, three of the four products
-    run in float8, and `given.normed_ND` must be float8 too; what is then saved has no backward.
+    run in float8, `given.normed_ND` must be float8 too, and nothing is saved.
     """
     is_8 = float8 is not None
     matrices = float8 or weights
@@ -156,8 +155,9 @@ def layer_forward(
         ),
         weights.norm_4,
     )  # fmt: skip
-    saved = Saved(given.normed_ND, qkv_N3HK, attended, middle, gate_up_N2I, after)
-    return after, saved
+    if isinstance(given.normed_ND, Fp8):
+        return after, None
+    return after, Saved(given.normed_ND, qkv_N3HK, attended, middle, gate_up_N2I, after)
 
 
 def layer_backward(
@@ -177,6 +177,7 @@ def layer_backward(
     """
     rows = place.layout.cos_BTP.shape[0]
     middle, after = saved.middle, saved.after
+    assert isinstance(middle.normed_ND, Tensor)
     ds4_ND = norm_chain_backward(
         dnormed_ND, dx_ND, after.sum_ND,
         rstd_a_N=after.rstd_N, gain_a_D=weights.norm_4, dgain_a_D=sums.vector(weights.norm_4),
@@ -204,8 +205,9 @@ def layer_backward(
     dmixed_BHTK = dmixed_ND.view(mixed_BHTK.transpose(1, 2).shape).transpose(1, 2)
     backend = choose_backend(q, place.layout)
     gradients = backend.backward(dmixed_BHTK, q, k, v, saved.attended, place.layout)
+    dq_BTHK, dk_BTHK, dv_BTHK = (gradient.transpose(1, 2) for gradient in gradients)
     dqkv_N3HK = qk_rope_backward(
-        *(gradient.transpose(1, 2) for gradient in gradients), *place.angles,
+        dq_BTHK, dk_BTHK, dv_BTHK, *place.angles,
         dbias_2HK=sums.vector(weights.qk_bias).squeeze(1),
     )  # fmt: skip
     dqkv_NX = dqkv_N3HK.flatten(1)

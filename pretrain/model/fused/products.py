@@ -53,9 +53,7 @@ class GradientSums:
             dy_NO, x_NI, is_wider = dy_NO.to(wide), x_NI.to(wide), False
         if is_new:
             self.sums[key] = (
-                torch.mm(dy_NO.t(), x_NI, out_dtype=wide)
-                if is_wider
-                else torch.mm(dy_NO.t(), x_NI)
+                torch.mm(dy_NO.t(), x_NI, out_dtype=wide) if is_wider else torch.mm(dy_NO.t(), x_NI)
             )
             return
         total_OI = self.sums[key] if columns is None else self.sums[key][:, columns]

@@ -1,0 +1,132 @@
+"""What a path must show before its speed is printed: gradients as exact as the plain modules'.
+
+The plain modules in float32 are the reference. A path in bf16 passes if the relative error of each
+parameter's gradient is at most 1.25 times that of the plain modules in bf16 (the error-ratio rule).
+"""
+
+import copy
+import csv
+import dataclasses
+import gc
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.model.config import ComputePath, ModelConfig, NoGradPrecision
+from pretrain.model.depth import Depth
+from pretrain.model.init import initialize
+from pretrain.model.recurrent import RecurrentModel
+
+TOKENS = 512
+DEPTHS = [Depth(3, 2), Depth(1, 2)]
+RATIO = 1.25
+# Gradients that are sums of few terms scatter: below this relative error no ratio is asked for.
+NOISE = 2e-3
+RESULTS = Path(__file__).parent / "results"
+
+
+def check_path(config: ModelConfig) -> bool:
+    """Whether a path passes; prints the worst parameters."""
+    small = dataclasses.replace(config, prelude_layers=1, core_layers=2, coda_layers=1)
+    plain = dataclasses.replace(
+        small, path=ComputePath.reference, no_grad_precision=NoGradPrecision.same
+    )
+    with torch.device("cuda"):
+        model = RecurrentModel(plain)
+    initialize(model, mean_depth=32, seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # gains are 1 and biases 0 at the start, which would hide a mistake
+            if parameter.ndim != 2:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+            parameter.copy_(parameter.bfloat16())
+    inputs = random_inputs(small)
+    exact = gradients(copy.deepcopy(model), inputs)
+    rounded = errors(gradients(model.bfloat16(), inputs), exact)
+    weights = model.state_dict()
+    del model
+    gc.collect()
+    with torch.device("cuda"):
+        other = RecurrentModel(small).bfloat16()
+    other.load_state_dict(weights)
+    found = errors(gradients(other, inputs), exact)
+    del other, exact
+    gc.collect()
+    torch.cuda.empty_cache()
+    name = f"{config.path.value}, no-gradient precision {config.no_grad_precision.value}"
+    limit = RATIO if config.no_grad_precision is NoGradPrecision.same else 10.0
+    ratios = {key: found[key] / max(rounded[key], NOISE) for key in found}
+    worst = sorted(ratios, key=lambda key: -ratios[key])[:4]
+    is_good = all(ratio <= limit for ratio in ratios.values())
+    print(f"{name}: {'passes' if is_good else 'FAILS'}; worst of {len(ratios)} gradients:")
+    for key in worst:
+        print(f"  {key}: error {found[key]:.2e}, plain bf16 {rounded[key]:.2e}", flush=True)
+    with (RESULTS / f"step-parity-{config.path.value}-{config.no_grad_precision.value}.csv").open(
+        "w", newline=""
+    ) as file:
+        rows = [(key, f"{found[key]:.3e}", f"{rounded[key]:.3e}") for key in found]
+        csv.writer(file).writerows([("gradient", "error", "plain_bf16_error"), *rows])
+    return is_good
+
+
+def random_inputs(config: ModelConfig) -> dict[str, Tensor]:
+    """Two rows of fresh random tokens."""
+    tokens = torch.randint(config.vocabulary_size, (2, TOKENS + 1), device="cuda")
+    state = torch.randn(2, TOKENS, config.width, device="cuda") * config.state_sigma
+    return {
+        "tokens": tokens[:, :-1].contiguous(),
+        "labels": tokens[:, 1:].contiguous(),
+        "initial_state": state.bfloat16(),
+    }
+
+
+def gradients(model: RecurrentModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of the mean nats, by parameter; the loss is among them."""
+    output = model(depths=DEPTHS, keep_logits=False, **inputs)
+    assert output.loss is not None
+    output.loss.backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {"loss": output.loss.detach(), **{k: v for k, v in found.items() if v is not None}}
+
+
+def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """Relative Frobenius error of each; NaN where anything is not finite."""
+    assert found.keys() == exact.keys()
+    return {
+        key: float((found[key].float() - exact[key].float()).norm() / exact[key].float().norm())
+        for key in exact
+    }
+
+
+@torch.no_grad()
+def compare_prefix(wide: ModelConfig, narrow: ModelConfig, model: RecurrentModel) -> None:
+    """Cosine of the state after a float8 prefix, and the difference of the loss, by its length."""
+    tokens = torch.randint(wide.vocabulary_size, (1, wide.context + 1), device="cuda")
+    state = torch.randn(1, wide.context, wide.width, device="cuda") * wide.state_sigma
+    inputs = {
+        "tokens": tokens[:, :-1].contiguous(),
+        "labels": tokens[:, 1:].contiguous(),
+        "initial_state": state.bfloat16(),
+        "keep_logits": False,
+    }
+    rows = []
+    for iterations in (8, 24, 56):
+        outputs = []
+        for config in (wide, narrow):
+            model.core.config = config
+            prefix = model(depths=[Depth(iterations, 0)], **inputs).state
+            whole = model(depths=[Depth(iterations, 8)], **inputs).loss
+            outputs.append((prefix.float().flatten(0, 1), float(whole)))
+        (a, loss_a), (b, loss_b) = outputs
+        cosine = F.cosine_similarity(a, b, dim=-1)
+        rows.append((iterations, float(cosine.mean()), float(cosine.min()), loss_b - loss_a))
+        print(
+            f"float8 prefix of {iterations}: cosine of states {rows[-1][1]:.6f} in the mean, "
+            f"{rows[-1][2]:.6f} at least; loss {rows[-1][3]:+.2e}",
+            flush=True,
+        )
+    with (RESULTS / "step-float8-prefix.csv").open("w", newline="") as file:
+        header = ("no_grad", "cosine_mean", "cosine_min", "loss_difference")
+        csv.writer(file).writerows([header, *rows])
