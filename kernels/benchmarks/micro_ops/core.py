@@ -7,12 +7,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from pretrain_kernels.fp8 import LARGEST, Fp8
-from pretrain_kernels.norm_chain import norm_chain, norm_chain_backward
-from pretrain_kernels.qk_rope import qk_rope_, qk_rope_backward
-from pretrain_kernels.quantize_rows import quantize_rows
-from pretrain_kernels.rms_norm import rms_norm, rms_norm_backward
-from pretrain_kernels.swiglu import swiglu, swiglu_backward
 from torch import Tensor
 
 from micro_ops.case import (
@@ -29,6 +23,12 @@ from micro_ops.case import (
     with_liger,
 )
 from pretrain.model.rotary import angles, rotate
+from pretrain_kernels.fp8 import LARGEST, Fp8
+from pretrain_kernels.norm_chain import norm_chain, norm_chain_backward
+from pretrain_kernels.qk_rope import qk_rope_, qk_rope_backward
+from pretrain_kernels.quantize_rows import quantize_rows
+from pretrain_kernels.rms_norm import rms_norm, rms_norm_backward
+from pretrain_kernels.swiglu import swiglu, swiglu_backward
 
 EPSILON = 1e-6
 

@@ -8,11 +8,11 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from pretrain_kernels.fp8 import LARGEST
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from micro_ops.case import Case, Inputs, Outputs, Prepare, Run, Sizes, forward_of, normal
+from pretrain_kernels.fp8 import LARGEST
 
 # Half a unit in the last place of bfloat16 is 2^-9; sums of rounded terms stay below twice that.
 PRODUCT_BOUND = 2.0**-8

@@ -1,0 +1,352 @@
+"""The Triton kernels against float64, at most 1.1 times as far from it as plain PyTorch is.
+
+On CUDA (marker gpu) in bfloat16. In a process with TRITON_INTERPRET=1 the same tests run on the
+CPU in float32 and float16, because the interpreter truncates where it should round to bfloat16;
+test_interpreter.py starts that process.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.model.rotary import angles, rotate
+from pretrain_kernels.dispatch import is_fused, is_interpreted
+from pretrain_kernels.norm_chain import (
+    norm_chain,
+    norm_chain_backward,
+    norm_chain_output,
+    reference,
+)
+from pretrain_kernels.qk_rope import qk_rope_, qk_rope_backward
+from pretrain_kernels.quantize_rows import quantize_rows
+from pretrain_kernels.quantize_rows import reference as quantize_reference
+from pretrain_kernels.rms_norm import rms_norm, rms_norm_autograd
+from pretrain_kernels.swiglu import swiglu, swiglu_backward
+
+EPSILON = 1e-6
+NAN = float("nan")
+if is_interpreted():
+    DEVICE = "cpu"
+    DTYPES = [torch.float32, torch.float16]
+    SHAPES = [(1, 96), (7, 760), (199, 96)]
+    pytestmark: list[pytest.MarkDecorator] = []
+else:
+    DEVICE = "cuda"
+    DTYPES = [torch.bfloat16, torch.float32]
+    SHAPES = [(1, 96), (7, 760), (199, 96), (4096, 5280), (4097, 760)]
+    pytestmark = [pytest.mark.gpu]
+
+over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+over_shapes = pytest.mark.parametrize(("rows", "width"), SHAPES)
+
+
+def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return torch.randn(*shape, generator=generator, device=DEVICE).to(dtype)
+
+
+def gain(width: int, dtype: torch.dtype, seed: int) -> Tensor:
+    return (1 + 0.2 * draw(width, dtype=torch.float32, seed=seed)).to(dtype)
+
+
+def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.full(shape, NAN, dtype=dtype, device=DEVICE)
+
+
+def error(value: Tensor, exact: Tensor) -> float:
+    assert torch.isfinite(value).all(), "not finite, or not written"
+    return ((value.double() - exact).norm() / exact.norm()).item()
+
+
+def assert_as_exact(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """Ours is at most 1.1 times as far from float64 as plain PyTorch in the storage dtype.
+
+    Beside that ratio, 4 roundings of float32: both sum in float32, in orders of their own, and
+    where nothing is rounded to 16 bits that is all that the errors consist of.
+    """
+    assert error(ours, exact) <= 1.1 * error(plain, exact) + 4 * 2.0**-24
+
+
+def eager_norm(x: Tensor, gain_D: Tensor) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPSILON)).to(x.dtype) * gain_D
+
+
+def test_the_kernels_run_here() -> None:
+    assert is_fused(torch.zeros(1, device=DEVICE))
+    assert not is_fused(torch.zeros(1, device=DEVICE, dtype=torch.float64))
+
+
+@over_dtypes
+@over_shapes
+def test_chain_forward(rows: int, width: int, dtype: torch.dtype) -> None:
+    branch, residual = draw(rows, width, dtype=dtype), draw(rows, width, dtype=dtype, seed=1)
+    gains = [gain(width, dtype, seed) for seed in (2, 3, 4)]
+    before, rstd_N = rms_norm(residual, gains[0], EPSILON)
+    ours = norm_chain(
+        branch, residual, rstd_N=rstd_N, gain_D=gains[0], gain_a_D=gains[1], gain_b_D=gains[2],
+        epsilon=EPSILON, sum_out=poisoned(rows, width, dtype=dtype),
+        out=poisoned(rows, width, dtype=dtype),
+    )  # fmt: skip
+    # x recomputed from (sum, rstd) is x, bit for bit, and so is the sum
+    assert torch.equal(ours.sum_ND, branch + before)
+    exact = eager_norm(eager_norm(ours.sum_ND.double(), gains[1].double()), gains[2].double())
+    plain = eager_norm(eager_norm(ours.sum_ND, gains[1]), gains[2])
+    assert_as_exact(ours.out_ND, plain, exact)
+    for name, rstd in (("a", ours.rstd_a_N), ("b", ours.rstd_b_N)):
+        assert rstd is not None, name
+        assert torch.isfinite(rstd).all(), name
+    again = norm_chain_output(
+        ours.sum_ND, ours.rstd_a_N, gains[1], ours.rstd_b_N, gains[2],
+        poisoned(rows, width, dtype=dtype),
+    )  # fmt: skip
+    assert torch.equal(again, ours.out_ND)
+
+
+@over_dtypes
+@pytest.mark.parametrize(("has_a", "has_b"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("has_dx", [True, False])
+def test_chain_backward(has_a: bool, has_b: bool, has_dx: bool, dtype: torch.dtype) -> None:
+    for rows, width in SHAPES:
+        total = draw(rows, width, dtype=dtype)
+        gains = {"a": gain(width, dtype, 1), "b": gain(width, dtype, 2)}
+        dout, dx = draw(rows, width, dtype=dtype, seed=3), draw(rows, width, dtype=dtype, seed=4)
+
+        def gradients(
+            wanted: torch.dtype, total: Tensor = total, gains: dict[str, Tensor] = gains,
+            upstream: tuple[Tensor, Tensor] = (dout, dx),
+        ) -> list[Tensor]:  # fmt: skip
+            leaves = [t.to(wanted).clone().requires_grad_() for t in (total, *gains.values())]
+            x = eager_norm(leaves[0], leaves[1]) if has_a else leaves[0]
+            y = eager_norm(x, leaves[2]) if has_b else x
+            pairs = [(y, upstream[0]), (x, upstream[1])][: 1 + has_dx]
+            torch.autograd.backward([o for o, _ in pairs], [g.to(wanted) for _, g in pairs])
+            return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+        plain, exact = gradients(dtype), gradients(torch.float64)
+        a_D, b_D = gains["a"] if has_a else None, gains["b"] if has_b else None
+        made = norm_chain(None, total, gain_a_D=a_D, gain_b_D=b_D, epsilon=EPSILON)
+        dgains = {
+            name: torch.zeros(width, device=DEVICE)
+            for name, has in (("a", has_a), ("b", has_b))
+            if has
+        }
+        arguments = {
+            "rstd_a_N": made.rstd_a_N, "gain_a_D": a_D, "rstd_b_N": made.rstd_b_N,
+            "gain_b_D": b_D, "dgain_a_D": dgains.get("a"), "dgain_b_D": dgains.get("b"),
+        }  # fmt: skip
+        dsum = norm_chain_backward(
+            dout, dx if has_dx else None, total, **arguments,
+            out=poisoned(rows, width, dtype=dtype),
+        )  # fmt: skip
+        for ours, theirs, truth in zip((dsum, *dgains.values()), plain, exact, strict=True):
+            assert_as_exact(ours, theirs, truth)
+        # the same bits again, in place; the gains' gradients are added to what is there
+        firsts = {name: value.clone() for name, value in dgains.items()}
+        assert torch.equal(
+            norm_chain_backward(dout, dx if has_dx else None, total, **arguments, out=dout), dsum
+        )
+        for name, first in firsts.items():
+            assert torch.equal(dgains[name], 2 * first)
+
+
+@over_dtypes
+def test_chain_in_place_of_its_operands(dtype: torch.dtype) -> None:
+    rows, width = 7, 760
+    branch, residual = draw(rows, width, dtype=dtype), draw(rows, width, dtype=dtype, seed=1)
+    gain_D = gain(width, dtype, 2)
+    apart = norm_chain(branch, residual, gain_a_D=gain_D, epsilon=EPSILON)
+    buffers = branch.clone(), residual.clone()
+    together = norm_chain(
+        *buffers, gain_a_D=gain_D, epsilon=EPSILON, sum_out=buffers[1], out=buffers[0]
+    )
+    assert together.sum_ND is buffers[1]
+    for ours, theirs in zip(together[:3], apart[:3], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@over_dtypes
+def test_chain_of_nan_and_of_zeros(dtype: torch.dtype) -> None:
+    x, gain_D = draw(3, 96, dtype=dtype), gain(96, dtype, 1)
+    x[0] = 0
+    x[1, 5] = NAN
+    made = norm_chain(x, x, gain_a_D=gain_D, gain_b_D=gain_D, epsilon=EPSILON)
+    assert (made.out_ND[0] == 0).all()
+    assert made.out_ND[1].isnan().all()
+    assert made.out_ND[2].isfinite().all()
+    dgain = torch.zeros(96, device=DEVICE)
+    dsum = norm_chain_backward(
+        x, None, made.sum_ND, rstd_a_N=made.rstd_a_N, gain_a_D=gain_D, rstd_b_N=made.rstd_b_N,
+        gain_b_D=gain_D, dgain_b_D=dgain,
+    )  # fmt: skip
+    assert dsum[1].isnan().all()
+    assert dsum[::2].isfinite().all()
+    assert dgain.isnan().all()
+
+
+@over_dtypes
+def test_differentiable_norm(dtype: torch.dtype) -> None:
+    x = draw(2, 3, 96, dtype=dtype).transpose(0, 1).requires_grad_()
+    gain_D = gain(96, dtype, 1).requires_grad_()
+    dy = draw(3, 2, 96, dtype=dtype, seed=2)
+    y = rms_norm_autograd(x, gain_D, EPSILON)
+    ours = [y, *torch.autograd.grad(y, (x, gain_D), dy)]
+    plain_y = eager_norm(x, gain_D)
+    plain = [plain_y, *torch.autograd.grad(plain_y, (x, gain_D), dy)]
+    leaves = x.detach().double().requires_grad_(), gain_D.detach().double().requires_grad_()
+    exact_y = eager_norm(*leaves)
+    exact = [exact_y, *torch.autograd.grad(exact_y, leaves, dy.double())]
+    for mine, theirs, truth in zip(ours, plain, exact, strict=True):
+        assert_as_exact(mine, theirs, truth)
+
+
+def rope_inputs(
+    rows: int, tokens: int, heads: int, width: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    positions = torch.arange(rows * tokens, device=DEVICE).view(rows, tokens) % 4096
+    cos, sin = angles(positions, head_width=width, base=50_000.0)
+    qkv = draw(rows * tokens, 3, heads, width, dtype=dtype)
+    return qkv, draw(2, heads, width, dtype=dtype, seed=1), cos, sin
+
+
+ROPE_SHAPES = [(1, 1, 5, 96), (2, 7, 55, 96), (1, 199, 3, 10)]
+
+
+@over_dtypes
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("shape", ROPE_SHAPES, ids=str)
+def test_rope_is_the_model_bit_for_bit(
+    shape: tuple[int, int, int, int], has_bias: bool, dtype: torch.dtype
+) -> None:
+    qkv, bias_2HK, cos, sin = rope_inputs(*shape, dtype)
+    bias = bias_2HK if has_bias else None
+    expected = qkv.clone()
+    for part in (0, 1):
+        biased = qkv[:, part] if bias is None else qkv[:, part] + bias[part]
+        expected[:, part] = rotate(biased.view(shape), cos, sin).flatten(0, 1)
+    angles_NP = cos.flatten(0, 1), sin.flatten(0, 1)
+    assert torch.equal(qk_rope_(qkv, bias, *angles_NP), expected)
+
+
+@over_dtypes
+@pytest.mark.parametrize("shape", ROPE_SHAPES, ids=str)
+def test_rope_backward(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    rows, tokens, heads, width = shape
+    qkv, bias, cos, sin = rope_inputs(*shape, dtype)
+    # as attention's backward returns them: [B, H, T, K] in memory
+    upstream = [
+        draw(rows, heads, tokens, width, dtype=dtype, seed=seed).transpose(1, 2)
+        for seed in (2, 3, 4)
+    ]
+
+    def gradients(wanted: torch.dtype) -> tuple[Tensor, Tensor]:
+        leaf, bias_leaf = (t.to(wanted).clone().requires_grad_() for t in (qkv, bias))
+        q, k, v = leaf.view(rows, tokens, 3, heads, width).unbind(2)
+        turned = rotate(q + bias_leaf[0], cos, sin), rotate(k + bias_leaf[1], cos, sin), v
+        torch.autograd.backward(turned, [gradient.to(wanted) for gradient in upstream])
+        assert leaf.grad is not None
+        assert bias_leaf.grad is not None
+        return leaf.grad, bias_leaf.grad
+
+    plain, exact = gradients(dtype), gradients(torch.float64)
+    dbias = torch.zeros(2, heads, width, device=DEVICE)
+    out = poisoned(*qkv.shape, dtype=dtype)
+    angles_NP = cos.flatten(0, 1), sin.flatten(0, 1)
+    dqkv = qk_rope_backward(*upstream, *angles_NP, dbias_2HK=dbias, out=out)
+    assert dqkv is out
+    for ours, theirs, truth in zip((dqkv, dbias), plain, exact, strict=True):
+        assert_as_exact(ours, theirs, truth)
+    first = dbias.clone()
+    packed = [gradient.contiguous() for gradient in upstream]
+    assert torch.equal(qk_rope_backward(*packed, *angles_NP, dbias_2HK=dbias), dqkv)
+    assert torch.equal(dbias, 2 * first)
+
+
+@over_dtypes
+@over_shapes
+def test_swiglu_both_directions(rows: int, width: int, dtype: torch.dtype) -> None:
+    gate_up = draw(rows, 2 * width, dtype=dtype)
+    dh = draw(rows, width, dtype=dtype, seed=1)
+
+    def results(wanted: torch.dtype) -> tuple[Tensor, Tensor]:
+        leaf = gate_up.to(wanted).clone().requires_grad_()
+        gate, up = leaf.chunk(2, 1)
+        hidden = F.silu(gate) * up
+        return hidden, torch.autograd.grad(hidden, leaf, dh.to(wanted))[0]
+
+    plain, exact = results(dtype), results(torch.float64)
+    hidden = swiglu(gate_up, out=poisoned(rows, width, dtype=dtype))
+    hidden_again = poisoned(rows, width, dtype=dtype)
+    out = poisoned(rows, 2 * width, dtype=dtype)
+    gradient = swiglu_backward(dh, gate_up, out=out, hidden_out=hidden_again)
+    for ours, theirs, truth in zip((hidden, gradient), plain, exact, strict=True):
+        assert_as_exact(ours, theirs, truth)
+    assert torch.equal(hidden_again, hidden)
+    buffers = gate_up.clone(), dh.clone()
+    in_place = swiglu_backward(buffers[1], buffers[0], out=buffers[0], hidden_out=buffers[1])
+    assert in_place is buffers[0]
+    assert torch.equal(in_place, gradient)
+    assert torch.equal(buffers[1], hidden)
+
+
+@over_dtypes
+def test_swiglu_far_from_zero(dtype: torch.dtype) -> None:
+    gate_up = torch.tensor([[-3e4, -200.0, -0.0, 200.0, 3e4, NAN] + [1.0] * 6], device=DEVICE)
+    hidden = swiglu(gate_up.to(dtype))
+    expected = torch.tensor([[0.0, 0.0, 0.0, 200.0, 3e4, NAN]], device=DEVICE).to(dtype)
+    torch.testing.assert_close(hidden, expected, equal_nan=True, rtol=0, atol=0)
+    gradient = swiglu_backward(torch.ones_like(hidden), gate_up.to(dtype))
+    assert gradient[0, :5].tolist() == [0.0, 0.0, 0.5, 1.0, 1.0]
+    assert gradient[0, 5].isnan()
+
+
+def test_wide_quantized_swiglu() -> None:
+    dtype = DTYPES[0]
+    gate_up = draw(2, 2 * 17_920, dtype=dtype)
+    assert_same_fp8(swiglu(gate_up, fp8=True), quantize_rows(swiglu(gate_up)))
+
+
+def assert_same_fp8(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> None:
+    for name, mine, other in zip(("values", "scale"), ours, theirs, strict=True):
+        assert torch.equal(mine.float().nan_to_num(nan=1e9), other.float().nan_to_num(nan=1e9)), (
+            name
+        )
+
+
+@over_dtypes
+@over_shapes
+def test_fp8_is_the_reference_bit_for_bit(rows: int, width: int, dtype: torch.dtype) -> None:
+    x = draw(rows, width, dtype=dtype) * 10.0 ** draw(rows, 1, dtype=dtype, seed=1)
+    x[rows // 2, 3] = NAN
+    x[0, :] = 0
+    assert_same_fp8(quantize_rows(x), quantize_reference.quantize_rows(x))
+    gain_D = gain(width, dtype, 1)
+    made = norm_chain(x, x, gain_a_D=gain_D, gain_b_D=gain_D, epsilon=EPSILON)
+    narrow = norm_chain(x, x, gain_a_D=gain_D, gain_b_D=gain_D, epsilon=EPSILON, fp8=True)
+    assert torch.equal(narrow.sum_ND.nan_to_num(), made.sum_ND.nan_to_num())
+    assert_same_fp8(narrow.out_ND, quantize_reference.quantize_rows(made.out_ND))
+
+
+@over_dtypes
+def test_chain_agrees_with_its_reference(dtype: torch.dtype) -> None:
+    x, gain_D = draw(7, 760, dtype=dtype), gain(760, dtype, 1)
+    ours = norm_chain(x, x, gain_b_D=gain_D, epsilon=EPSILON)
+    theirs = reference.norm_chain(x, x, gain_b_D=gain_D, epsilon=EPSILON)
+    assert ours.rstd_a_N is None
+    # 8 roundings of float32: 760 squares summed in another order, a root and a division
+    torch.testing.assert_close(ours.rstd_b_N, theirs.rstd_b_N, rtol=8 * 2.0**-24, atol=0)
+
+
+@over_dtypes
+def test_no_rows_at_all(dtype: torch.dtype) -> None:
+    x, gain_D = draw(0, 96, dtype=dtype), gain(96, dtype, 1)
+    made = norm_chain(x, x, gain_a_D=gain_D, epsilon=EPSILON)
+    assert made.out_ND.shape == (0, 96)
+    dgain = torch.zeros(96, device=DEVICE)
+    norm_chain_backward(
+        x, None, x, rstd_a_N=made.rstd_a_N, gain_a_D=gain_D, rstd_b_N=None, gain_b_D=None,
+        dgain_a_D=dgain,
+    )  # fmt: skip
+    assert (dgain == 0).all()
+    assert swiglu(draw(0, 8, dtype=dtype), fp8=True).values_ND.shape == (0, 4)
