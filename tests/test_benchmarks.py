@@ -2,8 +2,14 @@
 
 import csv
 import importlib.util
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+
+import pytest
+import torch
 
 from pretrain.testing import load_module
 
@@ -25,3 +31,75 @@ def test_generation_is_measured_beside_transformers_or_says_why_not(tmp_path):
     is_there = importlib.util.find_spec("transformers") is not None
     assert ("transformers generate" in kinds) == is_there
     assert is_there or "not installed" in rows[-1]["op"]
+
+
+SMALL = {
+    "tokens": 40, "width": 96, "inner": 80, "heads": 4, "head_width": 24, "vocabulary": 300,
+    "elements": 10_000,
+}  # fmt: skip
+# what runs on a CPU as it runs on a GPU
+ON_CPU = ("ours", "eager", "torch", "mm, add", "FA2", "torch fused")
+
+
+class TestMicro:
+    """Everything of the micro-benchmarks but the clock, which needs a GPU."""
+
+    @pytest.fixture
+    def cases(self, monkeypatch):
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        from micro_ops import core, products, updates
+        from micro_ops.case import Sizes
+
+        sizes = Sizes(**SMALL)
+        found = {}
+        for case in (*core.cases(sizes), *updates.cases(sizes), *products.cases(sizes)):
+            providers = {name: case.providers[name] for name in ON_CPU if name in case.providers}
+            if providers and "fp8, row-wise" not in case.op:
+                found[f"{case.op} {case.shape}"] = replace(case, providers=providers)
+        return found
+
+    def test_every_provider_agrees_with_float64(self, cases):
+        from micro_ops.check import find_faults
+
+        torch.manual_seed(0)
+        ops = set()
+        for case in cases.values():
+            assert find_faults(case, torch.device("cpu")) == {}, case.op
+            ops.add(case.op)
+        assert ops == {
+            "rms_norm", "rms_norm backward", "norm_chain", "norm_chain backward", "qk_rope",
+            "qk_rope backward", "swiglu", "swiglu backward", "quantize_rows", "norm_chain fp8",
+            "swiglu fp8", "cross_entropy nats", "cross_entropy gradient", "ellis_adam",
+            "adamw with norms", "linear_cross_entropy both ways", "gemm",
+            "weight gradient, float32 sum", "attention", "attention backward",
+        }  # fmt: skip
+
+    def test_a_wrong_provider_is_found(self, cases):
+        from micro_ops.check import find_faults
+
+        for case in cases.values():
+            name, prepare = next(iter(case.providers.items()))
+
+            def spoiled(inputs, prepare=prepare):
+                run = prepare(inputs)
+
+                def one_element_is_nan():
+                    first, *others = run()
+                    first = first.clone(memory_format=torch.contiguous_format)
+                    first.view(-1)[0] = torch.nan
+                    return first, *others
+
+                return one_element_is_nan
+
+            wrong = replace(case, providers=case.providers | {name: spoiled})
+            faults = find_faults(wrong, torch.device("cpu"))
+            assert "output 0 is off by nan" in faults[name], case.op
+
+    def test_without_a_gpu_it_says_so(self):
+        done = subprocess.run(
+            [sys.executable, BENCHMARKS / "micro.py"],
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 3
+        assert "needs a CUDA GPU" in done.stderr

@@ -100,8 +100,12 @@ def rows(only: str, seconds: float, device: torch.device) -> Iterator[dict[str, 
             yield {"op": case.op, "shape": case.shape, "provider": "all", "fault": reason}
             continue
         seconds_a_case = min(SECONDS_A_CASE, max(left, 0) / (len(wanted) + 4 - number))
-        for row in rows_of(case, best, device, seconds_a_case):
-            yield row if "fault" in row else row | about
+        try:
+            for row in rows_of(case, best, device, seconds_a_case):
+                yield row if "fault" in row else row | about
+        except torch.OutOfMemoryError as error:
+            reason = f"not measured: {str(error).splitlines()[0]}"
+            yield {"op": case.op, "shape": case.shape, "provider": "all", "fault": reason}
         torch._dynamo.reset()
         torch.cuda.empty_cache()
 

@@ -282,8 +282,8 @@ class TestKernels:
             )
             results.append([nats_N, *gradients(nats_N, upstream_N, hidden_ND, weight_VD)])
         for ours, eager, truth in zip(*results, exact, strict=True):
-            # 1e-7: where eager happens to be right to the last bit
-            assert error(ours, truth) <= 1.1 * error(eager, truth) + 1e-7
+            # 6e-7: on a GPU an exponential is 2 to the power of a float32 product of about 10
+            assert error(ours, truth) <= 1.1 * error(eager, truth) + 6e-7
 
 
 class TestOnGpu:

@@ -188,11 +188,12 @@ def _torch_adamw(inputs: Inputs) -> Run:
         for name in ("weight", "gradient", "mean", "square")
     ]
     parameters = [torch.nn.Parameter(view) for view in views[0]]
+    device = inputs["weight"].device
     optimizer = torch.optim.AdamW(
         parameters, lr=ADAMW["rate"], betas=(ADAMW["beta1"], ADAMW["beta2"]),
         eps=ADAMW["epsilon"], weight_decay=ADAMW["weight_decay"], fused=True,
+        capturable=device.type == "cuda",
     )  # fmt: skip
-    device = inputs["weight"].device
     for parameter, gradient, mean, square in zip(parameters, *views[1:], strict=True):
         parameter.grad = gradient
         before = torch.tensor(ADAMW["step"] - 1.0, device=device)
