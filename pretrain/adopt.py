@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from pretrain.compose import parse_overrides, write_frozen
+from pretrain.compose import FREE_FOR_A_RUN, parse_overrides, write_frozen
 from pretrain.config import AdoptConfig, TrainConfig
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import CheckpointError, ConfigError, DataError
@@ -42,7 +42,10 @@ def complete(overrides: Sequence[str]) -> list[str]:
         )
     shape, depth = read_config(folder)
     known: dict[str, Any] = {
-        f"model.{field.name}": getattr(shape, field.name) for field in dataclasses.fields(shape)
+        f"model.{field.name}": getattr(shape, field.name)
+        for field in dataclasses.fields(shape)
+        # how it is computed is ours to choose
+        if f"model.{field.name}" not in FREE_FOR_A_RUN
     }
     tokenizer_path = given.get("tokenizer.path")
     known["tokenizer.vocabulary_size"] = _vocabulary_size(

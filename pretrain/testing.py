@@ -247,21 +247,27 @@ def tiny_engine(**changes: Any) -> EngineConfig:
     return EngineConfig(**(values | changes))
 
 
+def tiny_model(**changes: Any) -> ModelConfig:
+    """A model of some 28,000 parameters."""
+    values: dict[str, Any] = {
+        "name": "tiny",
+        "width": 24,
+        "heads": 2,
+        "inner": 32,
+        "prelude_layers": 1,
+        "core_layers": 2,
+        "coda_layers": 1,
+        "vocabulary_size": 323,
+        "context": 8,
+    }
+    return ModelConfig(**(values | changes))
+
+
 def tiny_config(**changes: Any) -> TrainConfig:
     """A whole configuration of a model of some 28,000 parameters; `changes` replace sections."""
     values: dict[str, Any] = {
         "run": RunConfig(name="tiny", dir="unused", seed=0, steps=4, tokens=None),
-        "model": ModelConfig(
-            name="tiny",
-            width=24,
-            heads=2,
-            inner=32,
-            prelude_layers=1,
-            core_layers=2,
-            coda_layers=1,
-            vocabulary_size=323,
-            context=8,
-        ),
+        "model": tiny_model(),
         "depth": DepthConfig(law=Law.poisson_lognormal, mean=4, backprop=3),
         "data": DataConfig(name="tiny", corpus=Corpus.embedded, shards="unused", context=8),
         "tokenizer": TokenizerConfig(path="unused", vocabulary_size=323),

@@ -13,10 +13,12 @@ from pretrain.testing import load_module, run_ranks
 
 RANKS = load_module(Path(__file__).with_name("matrix_ranks.py"))
 PAGE = Path(__file__).parents[2] / "docs/parity.md"
-FIELDS = ("ranks", "stage", "accumulation", "micro_rows", "checkpointed", "scope", "precision")
+FIELDS = (
+    "ranks", "stage", "accumulation", "micro_rows", "checkpointed", "scope", "precision", "path",
+)  # fmt: skip
 VALUES = (
     (1, 2, 4), (1, 2, 3), (1, 4), (1, 2), (False, True), ("row", "block", "step"),
-    ("fp32", "bf16"),
+    ("fp32", "bf16"), ("reference", "fused"),
 )  # fmt: skip
 ALL = [dict(zip(FIELDS, values, strict=True)) for values in product(*VALUES)]
 Case = dict[str, Any]
@@ -75,18 +77,22 @@ def measure(cases: list[Case], *, timeout_s: float = 240) -> list[tuple[Distance
 
 
 def _oracle(case: Case) -> dict[str, Any]:
-    """Which neither the stage nor checkpointing changes."""
+    """Which neither the stage nor checkpointing changes.
+
+    The oracle computes on the same path: tests/model/fused compares the paths.
+    """
     same = tuple(
-        case[field] for field in ("ranks", "accumulation", "micro_rows", "scope", "precision")
+        case[field]
+        for field in ("ranks", "accumulation", "micro_rows", "scope", "precision", "path")
     )
     return _oracle_of(*same)
 
 
 @lru_cache(maxsize=128)
 def _oracle_of(
-    ranks: int, accumulation: int, micro_rows: int, scope: str, precision: str
+    ranks: int, accumulation: int, micro_rows: int, scope: str, precision: str, path: str
 ) -> dict[str, Any]:
-    values = (ranks, 1, accumulation, micro_rows, False, scope, precision)
+    values = (ranks, 1, accumulation, micro_rows, False, scope, precision, path)
     found: dict[str, Any] = RANKS.oracle(dict(zip(FIELDS, values, strict=True)))
     return found
 
@@ -110,22 +116,23 @@ def _distance(got: dict[str, Any], expected: dict[str, Any]) -> Distance:
 def render(cases: list[Case], distances: Iterable[Distance]) -> str:
     """A row for each stage, number of ranks and precision: the worst over the other fields."""
     lines = [
-        "| ZeRO | ranks | precision | cases | first gradient | first loss | loss | gradient norm | "
+        "| ZeRO | ranks | precision | path | cases | first gradient | first loss | loss | gradient norm | "
         "weights |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    groups: dict[tuple[int, int, str], list[Distance]] = {}
+    groups: dict[tuple[int, int, str, str], list[Distance]] = {}
     for case, distance in zip(cases, distances, strict=True):
-        groups.setdefault((case["stage"], case["ranks"], case["precision"]), []).append(distance)
-    for (stage, ranks, precision), members in sorted(groups.items()):
+        key = (case["stage"], case["ranks"], case["precision"], case["path"])
+        groups.setdefault(key, []).append(distance)
+    for (stage, ranks, precision, path), members in sorted(groups.items()):
         worst = Distance(*(max(column) for column in zip(*members, strict=True)))
         shown = (worst.gradient, worst.first_loss, worst.loss, worst.norm, worst.weights)
         cells = " | ".join(f"{value:.1e}" for value in shown)
-        lines.append(f"| {stage} | {ranks} | {precision} | {len(members)} | {cells} |")
+        lines.append(f"| {stage} | {ranks} | {precision} | {path} | {len(members)} | {cells} |")
     for precision, limit in LIMITS.items():
         shown = (limit.gradient, limit.first_loss, limit.loss, limit.norm, limit.weights)
         cells = " | ".join(f"{value:.0e}" for value in shown)
-        lines.append(f"| | | {precision} | allowed | {cells} |")
+        lines.append(f"| | | {precision} | | allowed | {cells} |")
     return "\n".join(lines)
 
 
@@ -134,7 +141,7 @@ INTRODUCTION = """# Parity: the same mathematics on every engine setting
 Three optimizer steps of a small model through DeepSpeed on real processes (gloo), against the
 same steps by one plain process without DeepSpeed: {cases} cases, all of ZeRO 1, 2, 3 x ranks 1, 2,
 4 x accumulation 1, 4 x micro-batches of 1, 2 rows x activations kept, recomputed x depth scope
-row, block, step x fp32, bf16.
+row, block, step x fp32, bf16 x plain modules, fused passes (on a CPU their plain kernels).
 Rows, depths and their order are those of the training loop: ranks differ in depth (scope row and
 block) and run their deepest rows first. Each number is the worst relative difference in
 its row of the table. Under ZeRO-3 DeepSpeed threw its trace of

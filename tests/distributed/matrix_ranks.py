@@ -1,6 +1,6 @@
 """What the ranks of the parity matrix run; imported by path, in processes of their own.
 
-A case has ranks, stage, accumulation, micro_rows, checkpointed, scope and precision. Rows, depths
+A case has ranks, stage, accumulation, micro_rows, checkpointed, scope, precision and path. Rows, depths
 and their order are those of the training loop: each rank its slice, deepest rows first.
 """
 
@@ -14,14 +14,14 @@ from pretrain.engine.config import Precision
 from pretrain.engine.deepspeed import Engine
 from pretrain.engine.world import World
 from pretrain.loop.config import BatchConfig
-from pretrain.model.config import DepthConfig, Law, Scope
+from pretrain.model.config import ComputePath, DepthConfig, Law, Scope
 from pretrain.model.depth import Depth, step_depths
 from pretrain.model.init import initialize
 from pretrain.model.initial_state import initial_states
 from pretrain.model.recurrent import RecurrentModel
 from pretrain.optim.build import build_optimizer
 from pretrain.optim.config import EllisAdamConfig
-from pretrain.testing import tiny_config, tiny_engine
+from pretrain.testing import tiny_config, tiny_engine, tiny_model
 
 STEPS, RATE, CLIP = 3, 0.01, 0.1
 Case = dict[str, Any]
@@ -31,6 +31,7 @@ def config_of(case: Case) -> TrainConfig:
     """The tiny configuration with a case's settings."""
     rows = case["ranks"] * case["accumulation"] * case["micro_rows"]
     return tiny_config(
+        model=tiny_model(path=ComputePath[case["path"]]),
         engine=tiny_engine(
             zero_stage=case["stage"],
             precision=Precision[case["precision"]],

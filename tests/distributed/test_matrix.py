@@ -39,14 +39,14 @@ def test_every_setting_equals_one_plain_process() -> None:
 
 def test_traces_that_are_thrown_away_would_be_seen() -> None:
     """Without the core as a leaf, depths that change from step to step invalidate the trace."""
-    case = dict(zip(MATRIX.FIELDS, (1, 3, 1, 2, False, "step", "fp32"), strict=True))
+    case = dict(zip(MATRIX.FIELDS, (1, 3, 1, 2, False, "step", "fp32", "reference"), strict=True))
     assert run_ranks(MATRIX.RANKS.without_leaf, 1, case)[0] > 0
 
 
 def test_the_page_shows_all_cases_within_their_limits() -> None:
     page = MATRIX.PAGE.read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\d) \| (\d) \| (\w+) \| (\d+) \| (.*) \|$", page, flags=re.M)
-    assert sum(int(row[3]) for row in rows) == len(MATRIX.ALL) == 432
+    rows = re.findall(r"^\| (\d) \| (\d) \| (\w+) \| \w+ \| (\d+) \| (.*) \|$", page, flags=re.M)
+    assert sum(int(row[3]) for row in rows) == len(MATRIX.ALL) == 864
     for _, _, precision, _, cells in rows:
         limit = MATRIX.LIMITS[precision]
         allowed = (limit.gradient, limit.first_loss, limit.loss, limit.norm, limit.weights)
