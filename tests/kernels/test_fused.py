@@ -12,6 +12,8 @@ from torch import Tensor
 
 from pretrain.model.rotary import angles, rotate
 from pretrain_kernels.dispatch import is_fused, is_interpreted
+from pretrain_kernels.fp8 import Fp8, empty_fp8
+from pretrain_kernels.launch import next_power_of_2, num_walkers
 from pretrain_kernels.norm_chain import (
     norm_chain,
     norm_chain_backward,
@@ -30,12 +32,19 @@ if is_interpreted():
     DEVICE = "cpu"
     DTYPES = [torch.float32, torch.float16]
     SHAPES = [(1, 96), (7, 760), (199, 96)]
+    # a program interprets a row in milliseconds
+    FEW_SHAPES = [(1, 96), (7, 760)]
+    ROPE_SHAPES = [(1, 1, 5, 96), (2, 7, 11, 96), (1, 71, 3, 10)]
     pytestmark: list[pytest.MarkDecorator] = []
 else:
     DEVICE = "cuda"
     DTYPES = [torch.bfloat16, torch.float32]
     SHAPES = [(1, 96), (7, 760), (199, 96), (4096, 5280), (4097, 760)]
+    FEW_SHAPES = SHAPES
+    ROPE_SHAPES = [(1, 1, 5, 96), (2, 7, 11, 96), (1, 199, 3, 10), (3, 1371, 55, 96)]
     pytestmark = [pytest.mark.gpu]
+# more rows than programs walk over them
+WALKED = (137, 5280)
 
 over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 over_shapes = pytest.mark.parametrize(("rows", "width"), SHAPES)
@@ -104,51 +113,58 @@ def test_chain_forward(rows: int, width: int, dtype: torch.dtype) -> None:
     assert torch.equal(again, ours.out_ND)
 
 
+def check_chain_backward(
+    rows: int, width: int, dtype: torch.dtype, *, has_a: bool, has_b: bool, has_dx: bool
+) -> None:
+    total = draw(rows, width, dtype=dtype)
+    gains = [gain(width, dtype, 1), gain(width, dtype, 2)]
+    upstream = [draw(rows, width, dtype=dtype, seed=seed) for seed in (3, 4)]
+
+    def gradients(wanted: torch.dtype) -> list[Tensor]:
+        leaves = [t.to(wanted).clone().requires_grad_() for t in (total, *gains)]
+        x = eager_norm(leaves[0], leaves[1]) if has_a else leaves[0]
+        y = eager_norm(x, leaves[2]) if has_b else x
+        outputs = [y, x][: 1 + has_dx]
+        torch.autograd.backward(outputs, [u.to(wanted) for u in upstream[: 1 + has_dx]])
+        return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+    a_D, b_D = gains[0] if has_a else None, gains[1] if has_b else None
+    made = norm_chain(None, total, gain_a_D=a_D, gain_b_D=b_D, epsilon=EPSILON)
+    da, db = (torch.zeros(width, device=DEVICE) if has else None for has in (has_a, has_b))
+    dgains = [buffer for buffer in (da, db) if buffer is not None]
+
+    def ours(out: Tensor) -> Tensor:
+        return norm_chain_backward(
+            upstream[0], upstream[1] if has_dx else None, total, rstd_a_N=made.rstd_a_N,
+            gain_a_D=a_D, rstd_b_N=made.rstd_b_N, gain_b_D=b_D, dgain_a_D=da, dgain_b_D=db,
+            out=out,
+        )  # fmt: skip
+
+    plain, exact = gradients(dtype), gradients(torch.float64)
+    dsum = ours(poisoned(rows, width, dtype=dtype))
+    for mine, theirs, truth in zip((dsum, *dgains), plain, exact, strict=True):
+        assert_as_exact(mine, theirs, truth)
+    # the same bits again, in place; the gains' gradients are added to what is there
+    firsts = [buffer.clone() for buffer in dgains]
+    assert torch.equal(ours(upstream[0]), dsum)
+    for buffer, first in zip(dgains, firsts, strict=True):
+        assert torch.equal(buffer, 2 * first)
+
+
 @over_dtypes
 @pytest.mark.parametrize(("has_a", "has_b"), [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("has_dx", [True, False])
-def test_chain_backward(has_a: bool, has_b: bool, has_dx: bool, dtype: torch.dtype) -> None:
-    for rows, width in SHAPES:
-        total = draw(rows, width, dtype=dtype)
-        gains = {"a": gain(width, dtype, 1), "b": gain(width, dtype, 2)}
-        dout, dx = draw(rows, width, dtype=dtype, seed=3), draw(rows, width, dtype=dtype, seed=4)
+@pytest.mark.parametrize(("rows", "width"), FEW_SHAPES)
+def test_chain_backward(
+    rows: int, width: int, has_dx: bool, has_a: bool, has_b: bool, dtype: torch.dtype
+) -> None:
+    check_chain_backward(rows, width, dtype, has_a=has_a, has_b=has_b, has_dx=has_dx)
 
-        def gradients(
-            wanted: torch.dtype, total: Tensor = total, gains: dict[str, Tensor] = gains,
-            upstream: tuple[Tensor, Tensor] = (dout, dx),
-        ) -> list[Tensor]:  # fmt: skip
-            leaves = [t.to(wanted).clone().requires_grad_() for t in (total, *gains.values())]
-            x = eager_norm(leaves[0], leaves[1]) if has_a else leaves[0]
-            y = eager_norm(x, leaves[2]) if has_b else x
-            pairs = [(y, upstream[0]), (x, upstream[1])][: 1 + has_dx]
-            torch.autograd.backward([o for o, _ in pairs], [g.to(wanted) for _, g in pairs])
-            return [leaf.grad for leaf in leaves if leaf.grad is not None]
 
-        plain, exact = gradients(dtype), gradients(torch.float64)
-        a_D, b_D = gains["a"] if has_a else None, gains["b"] if has_b else None
-        made = norm_chain(None, total, gain_a_D=a_D, gain_b_D=b_D, epsilon=EPSILON)
-        dgains = {
-            name: torch.zeros(width, device=DEVICE)
-            for name, has in (("a", has_a), ("b", has_b))
-            if has
-        }
-        arguments = {
-            "rstd_a_N": made.rstd_a_N, "gain_a_D": a_D, "rstd_b_N": made.rstd_b_N,
-            "gain_b_D": b_D, "dgain_a_D": dgains.get("a"), "dgain_b_D": dgains.get("b"),
-        }  # fmt: skip
-        dsum = norm_chain_backward(
-            dout, dx if has_dx else None, total, **arguments,
-            out=poisoned(rows, width, dtype=dtype),
-        )  # fmt: skip
-        for ours, theirs, truth in zip((dsum, *dgains.values()), plain, exact, strict=True):
-            assert_as_exact(ours, theirs, truth)
-        # the same bits again, in place; the gains' gradients are added to what is there
-        firsts = {name: value.clone() for name, value in dgains.items()}
-        assert torch.equal(
-            norm_chain_backward(dout, dx if has_dx else None, total, **arguments, out=dout), dsum
-        )
-        for name, first in firsts.items():
-            assert torch.equal(dgains[name], 2 * first)
+def test_chain_backward_of_more_rows_than_programs() -> None:
+    rows, width = WALKED
+    assert num_walkers(next_power_of_2(width), rows) < rows
+    check_chain_backward(rows, width, DTYPES[-1], has_a=True, has_b=True, has_dx=True)
 
 
 @over_dtypes
@@ -208,9 +224,6 @@ def rope_inputs(
     cos, sin = angles(positions, head_width=width, base=50_000.0)
     qkv = draw(rows * tokens, 3, heads, width, dtype=dtype)
     return qkv, draw(2, heads, width, dtype=dtype, seed=1), cos, sin
-
-
-ROPE_SHAPES = [(1, 1, 5, 96), (2, 7, 55, 96), (1, 199, 3, 10)]
 
 
 @over_dtypes
@@ -301,31 +314,64 @@ def test_swiglu_far_from_zero(dtype: torch.dtype) -> None:
     assert gradient[0, 5].isnan()
 
 
-def test_wide_quantized_swiglu() -> None:
-    dtype = DTYPES[0]
-    gate_up = draw(2, 2 * 17_920, dtype=dtype)
-    assert_same_fp8(swiglu(gate_up, fp8=True), quantize_rows(swiglu(gate_up)))
+def narrow_buffer(rows: int, width: int) -> Fp8:
+    """Where the Triton modules write float8, poisoned.
+
+    The interpreter's cast to float8 drops the carry of a mantissa that rounds up, so there the
+    kernels write the float32 values that they would cast, and PyTorch casts them.
+    """
+    values, scale = empty_fp8(rows, width, torch.device(DEVICE))
+    if is_interpreted():
+        values = values.to(torch.float32)
+    return Fp8(values.fill_(NAN), scale.fill_(NAN))
 
 
-def assert_same_fp8(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> None:
-    for name, mine, other in zip(("values", "scale"), ours, theirs, strict=True):
-        assert torch.equal(mine.float().nan_to_num(nan=1e9), other.float().nan_to_num(nan=1e9)), (
-            name
-        )
+def assert_same_fp8(ours: Fp8, theirs: Fp8) -> None:
+    values = ours.values_ND.to(torch.float8_e4m3fn).float()
+    torch.testing.assert_close(values, theirs.values_ND.float(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(ours.scale_N1, theirs.scale_N1, rtol=0, atol=0, equal_nan=True)
 
 
 @over_dtypes
-@over_shapes
+@pytest.mark.parametrize(("rows", "width"), FEW_SHAPES)
 def test_fp8_is_the_reference_bit_for_bit(rows: int, width: int, dtype: torch.dtype) -> None:
+    from pretrain_kernels.norm_chain import triton as fused_chain
+    from pretrain_kernels.quantize_rows import triton as fused
+
     x = draw(rows, width, dtype=dtype) * 10.0 ** draw(rows, 1, dtype=dtype, seed=1)
     x[rows // 2, 3] = NAN
     x[0, :] = 0
-    assert_same_fp8(quantize_rows(x), quantize_reference.quantize_rows(x))
-    gain_D = gain(width, dtype, 1)
-    made = norm_chain(x, x, gain_a_D=gain_D, gain_b_D=gain_D, epsilon=EPSILON)
-    narrow = norm_chain(x, x, gain_a_D=gain_D, gain_b_D=gain_D, epsilon=EPSILON, fp8=True)
-    assert torch.equal(narrow.sum_ND.nan_to_num(), made.sum_ND.nan_to_num())
+    theirs = quantize_reference.quantize_rows(x)
+    assert_same_fp8(fused.quantize_rows(x, narrow_buffer(rows, width)), theirs)
+    norms = {"gain_a_D": gain(width, dtype, 1), "gain_b_D": gain(width, dtype, 2)}
+    made = norm_chain(x, x, **norms, epsilon=EPSILON)
+    narrow = fused_chain.norm_chain(
+        x, x, **norms, epsilon=EPSILON, out=narrow_buffer(rows, width), fp8=True
+    )
+    torch.testing.assert_close(narrow.sum_ND, made.sum_ND, rtol=0, atol=0, equal_nan=True)
     assert_same_fp8(narrow.out_ND, quantize_reference.quantize_rows(made.out_ND))
+
+
+@over_dtypes
+def test_fp8_swiglu_of_a_wide_row(dtype: torch.dtype) -> None:
+    from pretrain_kernels.swiglu import triton as fused
+
+    gate_up = draw(2, 2 * 17_920, dtype=dtype)
+    hidden = swiglu(gate_up)
+    ours = fused.swiglu(gate_up, narrow_buffer(2, 17_920), fp8=True)
+    assert_same_fp8(ours, quantize_reference.quantize_rows(hidden))
+
+
+def test_fp8_through_the_front_door() -> None:
+    x, gain_D = draw(2, 96, dtype=DTYPES[0]), gain(96, DTYPES[0], 1)
+    for made in (
+        quantize_rows(x),
+        norm_chain(x, x, gain_b_D=gain_D, epsilon=EPSILON, fp8=True).out_ND,
+        swiglu(x, fp8=True),
+    ):
+        assert isinstance(made, Fp8)
+        assert made.values_ND.dtype == torch.float8_e4m3fn
+        assert (made.values_ND.float().abs().amax(1) == 448).all()
 
 
 @over_dtypes
@@ -350,3 +396,41 @@ def test_no_rows_at_all(dtype: torch.dtype) -> None:
     )  # fmt: skip
     assert (dgain == 0).all()
     assert swiglu(draw(0, 8, dtype=dtype), fp8=True).values_ND.shape == (0, 4)
+
+
+@pytest.mark.skipif(is_interpreted(), reason="4 GiB a tensor")
+def test_sizes_past_two_to_the_31() -> None:
+    # 2^31 + 2^19 elements; the last rows lie beyond what 32 bits count
+    width, dtype = 8192, torch.bfloat16
+    rows = 2**18 + 64
+    last = slice(rows - 64, rows)
+    x = torch.zeros(rows, width, dtype=dtype, device=DEVICE)
+    x[last] = draw(64, width, dtype=dtype)
+    gain_D = gain(width, dtype, 1)
+    made = norm_chain(x[last].clone(), x[last].clone(), gain_a_D=gain_D, epsilon=EPSILON)
+    whole = norm_chain(x, x, gain_a_D=gain_D, epsilon=EPSILON)
+    assert torch.equal(whole.sum_ND[last], made.sum_ND)
+    assert torch.equal(whole.out_ND[last], made.out_ND)
+    norm = {"gain_a_D": gain_D, "rstd_b_N": None, "gain_b_D": None}
+    dsum = norm_chain_backward(x, None, x, rstd_a_N=whole.rstd_a_N, **norm, out=whole.out_ND)
+    part = x[last].clone()
+    rstd_N = whole.rstd_a_N[last].clone()
+    assert torch.equal(dsum[last], norm_chain_backward(part, None, part, rstd_a_N=rstd_N, **norm))
+    del whole, dsum
+    assert torch.equal(swiglu(x)[last], swiglu(part))
+    dh = x.view(2 * rows, width // 2)[:rows]
+    few = dh[last].clone()
+    assert torch.equal(swiglu_backward(dh, x)[last], swiglu_backward(few, part))
+    assert_same_fp8(Fp8(*(t[last] for t in quantize_rows(x))), quantize_rows(part))
+    # 3 x 8,192 values a token; qk_rope_ writes in place
+    tokens = rows // 3
+    cos, sin = angles(torch.arange(tokens, device=DEVICE)[None], head_width=128, base=50_000.0)
+    qkv = x.view(-1)[-tokens * 3 * 8192 :].view(tokens, 3, 64, 128)
+    end = slice(tokens - 8, tokens)
+    angles_NP, end_angles = (cos[0], sin[0]), (cos[0, end].clone(), sin[0, end].clone())
+    expected = qk_rope_(qkv[end].clone(), None, *end_angles)
+    assert torch.equal(qk_rope_(qkv, None, *angles_NP)[end], expected)
+    gradients = [qkv[:, part_of_three][None] for part_of_three in range(3)]
+    ends = [gradient[:, end].clone() for gradient in gradients]
+    packed = qk_rope_backward(*gradients, *angles_NP)
+    assert torch.equal(packed[end], qk_rope_backward(*ends, *end_angles))

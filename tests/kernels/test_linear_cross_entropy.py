@@ -309,9 +309,10 @@ class TestOnGpu:
 
 @pytest.mark.skipif(not has_triton(), reason="triton is not installed")
 class TestWithoutGpu:
+    @pytest.mark.timeout(900)
     def test_in_the_interpreter(self) -> None:
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-m", "gpu", __file__],
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", __file__],
             env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
             cwd=Path(__file__).parents[2],
             capture_output=True,

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from pretrain_kernels.dispatch import choose
-from pretrain_kernels.operands import check_like, check_rows, statistics_dtype
+from pretrain_kernels.operands import (
+    check_kind,
+    check_like,
+    check_rows,
+    check_storage,
+    statistics_dtype,
+)
 from pretrain_kernels.qk_rope import reference
 
 __all__ = ["qk_rope_", "qk_rope_backward"]
@@ -57,11 +63,14 @@ def qk_rope_backward(
 
     Raises ValueError for wrong shapes, dtypes or strides.
     """
-    if dq_BTHK.dim() != 4:
-        raise ValueError(f"dq_BTHK has shape {tuple(dq_BTHK.shape)}: it needs 4 dimensions")
+    check_storage("dq_BTHK", dq_BTHK, dimensions=4)
     rows, tokens, heads, head_width = dq_BTHK.shape
     for name, tensor in (("dq_BTHK", dq_BTHK), ("dk_BTHK", dk_BTHK), ("dv_BTHK", dv_BTHK)):
-        _check_gradient(name, tensor, dq_BTHK)
+        check_kind(name, tensor, dq_BTHK.shape, dq_BTHK.dtype, dq_BTHK)
+        if tensor.stride(-1) != 1:
+            raise ValueError(
+                f"{name} has strides {tensor.stride()}: its last dimension must be contiguous"
+            )
     wide = statistics_dtype(dq_BTHK.dtype)
     _check_angles(cos_NP, sin_NP, rows * tokens, head_width, dq_BTHK)
     check_like("dbias_2HK", dbias_2HK, (2, heads, head_width), wide, dq_BTHK)
@@ -69,18 +78,6 @@ def qk_rope_backward(
     return _implementation(dq_BTHK).qk_rope_backward(
         dq_BTHK, dk_BTHK, dv_BTHK, cos_NP, sin_NP, dbias_2HK=dbias_2HK, out=out
     )
-
-
-def _check_gradient(name: str, tensor: Tensor, model: Tensor) -> None:
-    check_rows(name, tensor[:0].contiguous(), dimensions=4)
-    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-        raise ValueError(
-            f"{name} has strides {tensor.stride()}: its last dimension must be contiguous"
-        )
-    # the shape, dtype and device, whatever the strides
-    check_like(name, tensor[:0].contiguous(), (0, *model.shape[1:]), model.dtype, model)
-    if tensor.shape[0] != model.shape[0]:
-        raise ValueError(f"{name} has {tensor.shape[0]} rows: dq_BTHK has {model.shape[0]}")
 
 
 def _check_angles(
