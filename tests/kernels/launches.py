@@ -24,6 +24,9 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
     torch.float8_e4m3fn: "*fp8e4nv",
 }
 OPTIONS = {"num_warps", "enable_fp_fusion", "num_stages"}

@@ -300,9 +300,10 @@ class TestOnGpu:
 
 @pytest.mark.skipif(not has_triton(), reason="triton is not installed")
 class TestWithoutGpu:
+    @pytest.mark.timeout(900)
     def test_in_the_interpreter(self) -> None:
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-m", "gpu", __file__],
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", __file__],
             env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
             cwd=Path(__file__).parents[2],
             capture_output=True,
@@ -314,32 +315,39 @@ class TestWithoutGpu:
 
     @pytest.mark.skipif(is_interpreted(), reason="compiles")
     @pytest.mark.parametrize(
-        ("op", "name", "constants", "loads", "stores"),
-        [
-            ("ellis_adam", "_moments", {"IS_START": False}, 3, 2),
-            ("ellis_adam", "_moments", {"IS_START": True}, 1, 2),
-            ("ellis_adam", "_weights", {}, 3, 1),
-            ("adamw", "_adamw", {}, 4, 3),
-        ],
+        ("name", "loads", "stores", "registers"),
+        [("start", 1, 2, 64), ("moments", 3, 2, 64), ("weights", 3, 1, 40), ("adamw", 4, 3, 80)],
     )
     def test_compiled_for_hopper(
-        self, op: str, name: str, constants: dict[str, bool], loads: int, stores: int,
-        tmp_path: Path, monkeypatch,
-    ) -> None:  # fmt: skip
-        from importlib import import_module
-
-        from pretrain_kernels.spans_triton import BLOCK, BLOCKS, NUM_WARPS
+        self, name: str, loads: int, stores: int, registers: int, tmp_path: Path, monkeypatch
+    ) -> None:
+        from pretrain_kernels import spans_triton
+        from pretrain_kernels.adamw import triton as adamw
+        from pretrain_kernels.ellis_adam import triton as ellis
 
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-        kernel = getattr(import_module(f"pretrain_kernels.{op}.triton"), name)
-        types = dict.fromkeys(kernel.arg_names, "fp32")
-        types |= dict.fromkeys(("weight", "gradient", "mean", "square", "etas"), "*fp32")
-        types |= {"table": "*i32", "partials": "*fp64"}
-        constants = constants | {"SPAN": SPAN_ELEMENTS, "BLOCK": BLOCK, "BLOCKS": BLOCKS}
-        code = load_module(Path(__file__).with_name("sass.py")).compile_for_hopper(
-            kernel, types, constants, NUM_WARPS
-        )
-        assert code.stack_bytes == code.local_accesses == 0
+        launches = load_module(Path(__file__).with_name("launches.py"))
+        weight, gradient, mean, square = (torch.empty(LENGTH, device="meta") for _ in range(4))
+        etas, spans = torch.empty(NUM_TENSORS, device="meta"), spans_on("meta")
+        tensors = (gradient, mean, square, spans)
+        calls = {
+            "start": lambda: ellis.update_moments(*tensors, is_start=True, **MOMENTS),
+            "moments": lambda: ellis.update_moments(*tensors, is_start=False, **MOMENTS),
+            "weights": lambda: ellis.update_weights(weight, mean, square, etas, spans, **WEIGHTS),
+            "adamw": lambda: adamw.adamw_(weight, *tensors, **ADAMW),
+        }
+        with (
+            launches.recorded(ellis) as of_ellis,
+            launches.recorded(adamw) as of_adamw,
+            launches.recorded(spans_triton) as of_sums,
+        ):
+            calls[name]()
+        (launch,) = of_ellis + of_adamw
+        machine = launches.compiled(launch)
+        assert machine.spilled_accesses == 0
+        assert machine.registers <= registers
         # 1024 numbers of 4 bytes over 128 threads: two accesses of 16 bytes of each array
-        assert code.wide_loads == 2 * loads
-        assert code.wide_stores == 2 * stores
+        assert machine.vector_loads == 2 * loads
+        assert machine.vector_stores == 2 * stores
+        assert len(of_sums) == (name != "weights")
+        assert all(launches.compiled(each).spilled_accesses == 0 for each in of_sums)

@@ -62,9 +62,6 @@ def _three_backward(function, ours: Prepare, *names: tuple[str, ...]) -> dict[st
     }
 
 
-# ---- norms
-
-
 def norm(x_ND: Tensor, gain_D: Tensor) -> Tensor:
     """As the model's, in plain PyTorch."""
     wide_ND = x_ND.to(torch.promote_types(x_ND.dtype, torch.float32))
@@ -163,9 +160,6 @@ def _norm_cases(sizes: Sizes) -> Iterator[Case]:
     yield _case("norm_chain backward", sizes, shape, 8 * d, make=make, providers=providers)
 
 
-# ---- rotary positions
-
-
 def _rope_inputs(sizes: Sizes, tokens: int, device: torch.device) -> Inputs:
     heads, head_width = sizes.heads, sizes.head_width
     positions_1N = torch.arange(tokens, device=device)[None]
@@ -212,9 +206,6 @@ def _rope_cases(sizes: Sizes) -> Iterator[Case]:
     yield _case("qk_rope backward", sizes, shape, 12 * d, make=make, providers=providers)
 
 
-# ---- SwiGLU
-
-
 def _swiglu_inputs(inner: int, tokens: int, device: torch.device) -> Inputs:
     return {
         "gate_up": normal(tokens, 2 * inner, device=device),
@@ -249,9 +240,6 @@ def _swiglu_cases(sizes: Sizes) -> Iterator[Case]:
     providers = with_liger(providers, lambda: _liger_backward(_liger_swiglu, *names))
     # ours also writes h again, which the others have kept since the forward pass
     yield _case("swiglu backward", sizes, shape, 12 * inner, make=make, providers=providers)
-
-
-# ---- fp8 rows
 
 
 def _quantize(x_ND: Tensor) -> Outputs:

@@ -57,9 +57,6 @@ def _copy(inputs: Inputs) -> Run:
     return lambda: (inputs["target"].copy_(inputs["source"]),)
 
 
-# ---- products
-
-
 def _factors(columns: int, inner: int, rows: int, device: torch.device) -> Inputs:
     left_MK, right_NK = normal(rows, inner, device=device), normal(columns, inner, device=device)
     return {"left": left_MK, "right": right_NK}
@@ -131,9 +128,6 @@ def product_fp8(rows: int, columns: int, inner: int) -> Case:
         size=rows, amount=2.0 * rows * columns * inner, limit="fp8", make=make,
         providers={"torch": forward_of(scaled)}, exact=forward_of(exact), bound=PRODUCT_BOUND,
     )  # fmt: skip
-
-
-# ---- attention
 
 
 def _packed(sizes: Sizes, tokens: int, device: torch.device) -> Inputs:

@@ -44,9 +44,6 @@ def cases(sizes: Sizes) -> Iterator[Case]:
         yield _loss_case(sizes, tokens)
 
 
-# ---- the loss
-
-
 def _logits(vocabulary: int, tokens: int, device: torch.device) -> Inputs:
     logits_NV = 2 * normal(tokens, vocabulary, device=device)
     labels_N = torch.randint(vocabulary, (tokens,), device=device)
@@ -136,9 +133,6 @@ def _loss_case(sizes: Sizes, tokens: int) -> Case:
         amount=6.0 * tokens * sizes.width * sizes.vocabulary, limit="gemm",
         make=partial(_loss_inputs, sizes), providers=with_liger(providers, _liger_loss),
     )  # fmt: skip
-
-
-# ---- optimizers
 
 
 def _state(elements: int, device: torch.device) -> Inputs:

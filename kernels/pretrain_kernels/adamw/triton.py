@@ -29,13 +29,13 @@ def _adamw(
     keep, rest1, beta2, rest2, root, epsilon, eta,
     SPAN: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    keep, rest1, beta2 = (
-        tl.cast(keep, tl.float32),
-        tl.cast(rest1, tl.float32),
-        tl.cast(beta2, tl.float32),
-    )
-    rest2, root = tl.cast(rest2, tl.float32), tl.cast(root, tl.float32)
-    epsilon, eta = tl.cast(epsilon, tl.float32), tl.cast(eta, tl.float32)
+    keep = tl.cast(keep, tl.float32)
+    rest1 = tl.cast(rest1, tl.float32)
+    beta2 = tl.cast(beta2, tl.float32)
+    rest2 = tl.cast(rest2, tl.float32)
+    root = tl.cast(root, tl.float32)
+    epsilon = tl.cast(epsilon, tl.float32)
+    eta = tl.cast(eta, tl.float32)
     start, low, high, _ = read_span(table, SPAN)
     lane = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float64)

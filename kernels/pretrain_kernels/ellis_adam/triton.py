@@ -59,11 +59,9 @@ def _moments(
     gradient, mean, square, table, partials, beta2, rest1, rest2, least,
     IS_START: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    beta2, rest1, rest2 = (
-        tl.cast(beta2, tl.float32),
-        tl.cast(rest1, tl.float32),
-        tl.cast(rest2, tl.float32),
-    )
+    beta2 = tl.cast(beta2, tl.float32)
+    rest1 = tl.cast(rest1, tl.float32)
+    rest2 = tl.cast(rest2, tl.float32)
     least = tl.cast(least, tl.float32)
     start, low, high, _ = read_span(table, SPAN)
     lane = tl.arange(0, BLOCK)
@@ -101,7 +99,8 @@ def _weights(
     weight, mean, square, etas, table, keep, correction,
     SPAN: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    keep, correction = tl.cast(keep, tl.float32), tl.cast(correction, tl.float32)
+    keep = tl.cast(keep, tl.float32)
+    correction = tl.cast(correction, tl.float32)
     start, low, high, tensor = read_span(table, SPAN)
     eta = tl.load(etas + tensor)
     lane = tl.arange(0, BLOCK)
