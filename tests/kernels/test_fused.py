@@ -42,7 +42,10 @@ else:
     SHAPES = [(1, 96), (7, 760), (199, 96), (4096, 5280), (4097, 760)]
     FEW_SHAPES = SHAPES
     ROPE_SHAPES = [(1, 1, 5, 96), (2, 7, 11, 96), (1, 199, 3, 10), (3, 1371, 55, 96)]
-    pytestmark = [pytest.mark.gpu]
+    pytestmark = [
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    ]
 # more rows than programs walk over them
 WALKED = (137, 5280)
 
