@@ -29,7 +29,7 @@ POINTERS = {
     torch.int64: "*i64",
     torch.float8_e4m3fn: "*fp8e4nv",
 }
-OPTIONS = {"num_warps", "enable_fp_fusion", "num_stages"}
+OPTIONS = {"num_warps", "enable_fp_fusion", "maxnreg"}
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,10 @@ else:
     SHAPES = [(1, 96), (7, 760), (199, 96), (4096, 5280), (4097, 760)]
     FEW_SHAPES = SHAPES
     ROPE_SHAPES = [(1, 1, 5, 96), (2, 7, 11, 96), (1, 199, 3, 10), (3, 1371, 55, 96)]
-    pytestmark = [pytest.mark.gpu]
+    pytestmark = [
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    ]
 # more rows than programs walk over them
 WALKED = (137, 5280)
 
@@ -71,10 +74,11 @@ def error(value: Tensor, exact: Tensor) -> float:
 def assert_as_exact(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
     """Ours is at most 1.1 times as far from float64 as plain PyTorch in the storage dtype.
 
-    Beside that ratio, 4 roundings of float32: both sum in float32, in orders of their own, and
-    where nothing is rounded to 16 bits that is all that the errors consist of.
+    Beside that ratio, 8 roundings of float32: both sum in float32, in orders of their own, and
+    a GPU's roots, quotients and exponentials are off by up to 2 units in the last place each.
+    Where nothing is rounded to 16 bits, that is all that the errors consist of.
     """
-    assert error(ours, exact) <= 1.1 * error(plain, exact) + 4 * 2.0**-24
+    assert error(ours, exact) <= 1.1 * error(plain, exact) + 8 * 2.0**-24
 
 
 def eager_norm(x: Tensor, gain_D: Tensor) -> Tensor:
@@ -111,6 +115,11 @@ def test_chain_forward(rows: int, width: int, dtype: torch.dtype) -> None:
         poisoned(rows, width, dtype=dtype),
     )  # fmt: skip
     assert torch.equal(again, ours.out_ND)
+    # given the statistics, every rounding is the plain model's
+    assert torch.equal(
+        again,
+        reference.norm_chain_output(ours.sum_ND, ours.rstd_a_N, gains[1], ours.rstd_b_N, gains[2]),
+    )
 
 
 def check_chain_backward(
@@ -296,6 +305,10 @@ def test_swiglu_both_directions(rows: int, width: int, dtype: torch.dtype) -> No
     for ours, theirs, truth in zip((hidden, gradient), plain, exact, strict=True):
         assert_as_exact(ours, theirs, truth)
     assert torch.equal(hidden_again, hidden)
+    # A rounding to 11 bits or fewer turns out otherwise where 4 roundings of float32 in the
+    # exponential cross a tie: for 2 x 4 x 2^-13 of the elements, 0.1 %.
+    differing = (hidden != plain[0]).sum().item()
+    assert dtype == torch.float32 or differing <= 1 + 0.01 * hidden.numel()
     buffers = gate_up.clone(), dh.clone()
     in_place = swiglu_backward(buffers[1], buffers[0], out=buffers[0], hidden_out=buffers[1])
     assert in_place is buffers[0]
@@ -418,7 +431,8 @@ def test_sizes_past_two_to_the_31() -> None:
     assert torch.equal(dsum[last], norm_chain_backward(part, None, part, rstd_a_N=rstd_N, **norm))
     del whole, dsum
     assert torch.equal(swiglu(x)[last], swiglu(part))
-    dh = x.view(2 * rows, width // 2)[:rows]
+    dh = torch.zeros(rows, width // 2, dtype=dtype, device=DEVICE)
+    dh[last] = draw(64, width // 2, dtype=dtype, seed=2)
     few = dh[last].clone()
     assert torch.equal(swiglu_backward(dh, x)[last], swiglu_backward(few, part))
     assert_same_fp8(Fp8(*(t[last] for t in quantize_rows(x))), quantize_rows(part))

@@ -17,9 +17,9 @@ __all__ = ["Fp8", "quantize_rows"]
 def quantize_rows(x_ND: Tensor, out: Fp8 | None = None) -> Fp8:
     """x_ND as float8_e4m3fn values and one float32 scale for each row.
 
-    scale = max(largest magnitude of the row / 448, 2^-126); values = x * (1 / scale), rounded to
-    nearest. A row with a NaN becomes NaN altogether, its scale too. With an infinity the scale
-    is infinite, the infinity becomes NaN and finite values zero.
+    scale = max(largest magnitude of the row * (1 / 448), 2^-126) and values = x * (1 / scale) in
+    float32, rounded to nearest. A row with a NaN becomes NaN altogether, its scale too. With an
+    infinity the scale is infinite, the infinity becomes NaN and finite values zero.
 
     Raises ValueError for x_ND that is not contiguous, 2-D and floating point.
     """

@@ -10,13 +10,13 @@ from torch import Tensor
 from pretrain_kernels.fp8 import LARGEST, SMALLEST_SCALE, Fp8, empty_fp8
 from pretrain_kernels.launch import next_power_of_2, num_warps
 
-_LARGEST = tl.constexpr(LARGEST)
+_RECIPROCAL = tl.constexpr(1.0 / LARGEST)
 _SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
 
 
 @triton.jit
 def scale_of_row(x):
-    """The scale of one row: max(|x| / 448, 2^-126) in float32, NaN if any of it is NaN.
+    """The scale of one row: max(|x| (1 / 448), 2^-126) in float32, NaN if any of it is NaN.
 
     x comes in its storage dtype, and stays so until quantized(): that halves the registers.
     """
@@ -26,7 +26,7 @@ def scale_of_row(x):
         bits = tl.max(x.to(tl.int16, bitcast=True) & 0x7FFF, 0).to(tl.int16)
     else:
         bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
-    scale = tl.div_rn(bits.to(x.dtype, bitcast=True).to(tl.float32), _LARGEST)
+    scale = bits.to(x.dtype, bitcast=True).to(tl.float32) * _RECIPROCAL
     return tl.where(scale < _SMALLEST_SCALE, _SMALLEST_SCALE, scale)
 
 

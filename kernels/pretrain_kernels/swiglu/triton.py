@@ -98,6 +98,8 @@ def swiglu(
                 INNER=inner,
                 BLOCK=block,
                 num_warps=num_warps(block),
+                # two programs share a multiprocessor: one loads while the other computes
+                maxnreg=64,
                 enable_fp_fusion=False,
             )
         else:
