@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from reliability import records, train
-from step import RESULTS, append
 
 from pretrain.compose import load
 from pretrain.config import TrainConfig
 from pretrain.model.depth import Depth, step_depths
+from reliability import records, train
+from step import RESULTS, append
 
 WARM_STEPS = 2
 
@@ -68,6 +68,7 @@ class Enough:
         self.seconds, self.started = seconds, time.monotonic()
 
     def __call__(self, run_dir: Path) -> bool:
+        """Asked several times a second."""
         taken = timed(records(run_dir))
         return sum(step["speed/step_s"] for step in taken) >= self.seconds and len(taken) > 2
 
@@ -127,7 +128,8 @@ def report(
         tokens += step["data/rows"] * 4096
     row = {
         "scope": options["scope"], "path": options["path"], "precision": precision, "gpus": gpus,
-        "zero": stage, "accumulation": accumulation, "kept_iterations": "" if kept is None else kept,
+        "zero": stage, "accumulation": accumulation,
+        "kept_iterations": "" if kept is None else kept,
         "steps": len(taken), "seconds": round(seconds, 2),
         "tokens_per_s_per_gpu": round(tokens / seconds / gpus, 1),
         "share_of_bare": round(ideal / seconds, 4), "share_less_wait": round(waiting / seconds, 4),

@@ -66,7 +66,10 @@ def main() -> None:
             try:
                 measure(model, path, depth, rows, float(options["seconds"]))
                 if path in options["profile"].split(","):
-                    profile_step(Step(model, rows, depth), RESULTS / f"step-profile-{path}.csv")
+                    profile_step(
+                        Step(model, rows, depth),
+                        RESULTS / f"step-profile-{path.replace('+', '-')}.csv",
+                    )
             except torch.cuda.OutOfMemoryError as error:
                 print(f"{path}, {rows} rows: {str(error).splitlines()[0]}", flush=True)
             model.zero_grad(set_to_none=True)

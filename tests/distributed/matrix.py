@@ -116,8 +116,8 @@ def _distance(got: dict[str, Any], expected: dict[str, Any]) -> Distance:
 def render(cases: list[Case], distances: Iterable[Distance]) -> str:
     """A row for each stage, number of ranks and precision: the worst over the other fields."""
     lines = [
-        "| ZeRO | ranks | precision | path | cases | first gradient | first loss | loss | gradient norm | "
-        "weights |",
+        "| ZeRO | ranks | precision | path | cases | first gradient | first loss | loss | "
+        "gradient norm | weights |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     groups: dict[tuple[int, int, str, str], list[Distance]] = {}

@@ -1,7 +1,7 @@
 """What the ranks of the parity matrix run; imported by path, in processes of their own.
 
-A case has ranks, stage, accumulation, micro_rows, checkpointed, scope, precision and path. Rows, depths
-and their order are those of the training loop: each rank its slice, deepest rows first.
+A case has ranks, stage, accumulation, micro_rows, checkpointed, scope, precision and path. Rows,
+depths and their order are those of the training loop: each rank its slice, deepest rows first.
 """
 
 from typing import Any
