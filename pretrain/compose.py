@@ -54,7 +54,7 @@ FIXED_FOR_A_RUN = (
     "tokenizer.vocabulary_size",
 )
 # But how the same model is computed is free.
-FREE_FOR_A_RUN = ("model.path", "model.no_grad_precision")
+FREE_FOR_A_RUN = ("model.path", "model.no_grad_precision", "model.grad_precision")
 
 
 def register_schemas() -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch._functorch.config
 
 from micro_ops import core, products, updates
 from micro_ops.case import HUGINN, Case

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from pretrain.compose import load
-from pretrain.model.config import ComputePath, ModelConfig, NoGradPrecision
+from pretrain.model.config import ComputePath, ModelConfig, ProductPrecision
 from pretrain.model.cost import TokenFlops
 from pretrain.model.depth import Depth
 from pretrain.model.init import initialize
@@ -34,6 +34,7 @@ COLUMNS = (
     "tokens_per_s_per_gpu", "sustained_s", "peak_bytes", "gpu", "torch", "commit",
     "no_grad", "with_grad", "kept_iterations", "first_second_tokens_per_s", "model_tflops_per_s",
 )  # fmt: skip
+PRECISIONS = {"": "bf16", "fp8": "fp8-prefix", "fp8-all": "fp8"}
 PEAK_FLOPS = 989.4e12
 """Datasheet, dense bf16, of H100 SXM and H200."""
 
@@ -41,8 +42,8 @@ PEAK_FLOPS = 989.4e12
 def main() -> None:
     """Check, then measure, every path at every number of rows."""
     options = {
-        "preset": "huginn-3.5b", "paths": "reference,compiled,fused,fused+fp8", "rows": "1",
-        "seconds": "20", "no_grad": "24", "with_grad": "8", "kept": "", "profile": "",
+        "preset": "huginn-3.5b", "paths": "reference,compiled,fused,fused+fp8,fused+fp8-all",
+        "rows": "1", "seconds": "20", "no_grad": "24", "with_grad": "8", "kept": "", "profile": "",
         "parity": "1", "depths": "",
     }  # fmt: skip
     for word in sys.argv[1:]:
@@ -60,16 +61,14 @@ def main() -> None:
     for path in good:
         model = build(of(config, path))
         model.kept_iterations = kept
-        if path == "fused+fp8":
+        if "+" in path:
             compare_prefix(of(config, "fused"), of(config, path), model)
         for rows in map(int, options["rows"].split(",")):
             try:
                 measure(model, path, depth, rows, float(options["seconds"]))
                 if path in options["profile"].split(","):
-                    profile_step(
-                        Step(model, rows, depth),
-                        RESULTS / f"step-profile-{path.replace('+', '-')}.csv",
-                    )
+                    file = RESULTS / f"step-profile-{path.replace('+', '-')}-{rows}.csv"
+                    profile_step(Step(model, rows, depth), file)
             except torch.cuda.OutOfMemoryError as error:
                 print(f"{path}, {rows} rows: {str(error).splitlines()[0]}", flush=True)
             model.zero_grad(set_to_none=True)
@@ -89,7 +88,8 @@ def of(config: ModelConfig, path: str) -> ModelConfig:
     return dataclasses.replace(
         config,
         path=ComputePath(name),
-        no_grad_precision=NoGradPrecision.fp8 if precision else NoGradPrecision.same,
+        no_grad_precision=ProductPrecision.fp8 if precision else ProductPrecision.same,
+        grad_precision=ProductPrecision("fp8" if precision == "fp8-all" else "same"),
     )
 
 
@@ -149,7 +149,7 @@ def measure(model: RecurrentModel, path: str, depth: Depth, rows: int, seconds: 
     early = [t for t, at in zip(times, range(len(times)), strict=True) if sum(times[:at]) < 1]
     name, _, precision = path.partition("+")
     row = {
-        "preset": config.name, "path": name, "precision": "fp8-prefix" if precision else "bf16",
+        "preset": config.name, "path": name, "precision": PRECISIONS[precision],
         "rows": rows, "gpus": 1, "zero": 0, "accumulation": 1,
         "tokens_per_s_per_gpu": round(rate, 1), "sustained_s": round(sustained_s, 1),
         "peak_bytes": torch.cuda.max_memory_allocated(), "gpu": torch.cuda.get_device_name(),

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.model.config import ComputePath, ModelConfig, NoGradPrecision
+from pretrain.model.config import ComputePath, ModelConfig, ProductPrecision
 from pretrain.model.depth import Depth
 from pretrain.model.init import initialize
 from pretrain.model.recurrent import RecurrentModel
@@ -31,8 +31,9 @@ def check_path(config: ModelConfig) -> bool:
     """Whether a path passes; prints the worst parameters."""
     small = dataclasses.replace(config, prelude_layers=1, core_layers=2, coda_layers=1)
     plain = dataclasses.replace(
-        small, path=ComputePath.reference, no_grad_precision=NoGradPrecision.same
-    )
+        small, path=ComputePath.reference, no_grad_precision=ProductPrecision.same,
+        grad_precision=ProductPrecision.same,
+    )  # fmt: skip
     with torch.device("cuda"):
         model = RecurrentModel(plain)
     initialize(model, mean_depth=32, seed=0)
@@ -55,15 +56,17 @@ def check_path(config: ModelConfig) -> bool:
     del other, exact
     gc.collect()
     torch.cuda.empty_cache()
-    name = f"{config.path.value}, no-gradient precision {config.no_grad_precision.value}"
-    limit = RATIO if config.no_grad_precision is NoGradPrecision.same else 10.0
+    precisions = f"{config.no_grad_precision.value}-{config.grad_precision.value}"
+    name = f"{config.path.value}, precision without and with gradient {precisions}"
+    # three bits of mantissa instead of seven: half a unit in the last place is 16 times as large
+    limit = RATIO if config.grad_precision is ProductPrecision.same else 16.0
     ratios = {key: found[key] / max(rounded[key], NOISE) for key in found}
     worst = sorted(ratios, key=lambda key: -ratios[key])[:4]
     is_good = all(ratio <= limit for ratio in ratios.values())
     print(f"{name}: {'passes' if is_good else 'FAILS'}; worst of {len(ratios)} gradients:")
     for key in worst:
         print(f"  {key}: error {found[key]:.2e}, plain bf16 {rounded[key]:.2e}", flush=True)
-    with (RESULTS / f"step-parity-{config.path.value}-{config.no_grad_precision.value}.csv").open(
+    with (RESULTS / f"step-parity-{config.path.value}-{precisions}.csv").open(
         "w", newline=""
     ) as file:
         rows = [(key, f"{found[key]:.3e}", f"{rounded[key]:.3e}") for key in found]
@@ -116,6 +119,8 @@ def compare_prefix(wide: ModelConfig, narrow: ModelConfig, model: RecurrentModel
         outputs = []
         for config in (wide, narrow):
             model.core.config = config
+            for block in (*model.prelude, *model.coda):
+                block.is_float8 = config.grad_precision is ProductPrecision.fp8
             prefix = model(depths=[Depth(iterations, 0)], **inputs).state
             whole = model(depths=[Depth(iterations, 8)], **inputs).loss
             outputs.append((prefix.float().flatten(0, 1), float(whole)))
@@ -127,6 +132,6 @@ def compare_prefix(wide: ModelConfig, narrow: ModelConfig, model: RecurrentModel
             f"{rows[-1][2]:.6f} at least; loss {rows[-1][3]:+.2e}",
             flush=True,
         )
-    with (RESULTS / "step-float8-prefix.csv").open("w", newline="") as file:
+    with (RESULTS / f"step-float8-{narrow.grad_precision.value}.csv").open("w", newline="") as file:
         header = ("no_grad", "cosine_mean", "cosine_min", "loss_difference")
         csv.writer(file).writerows([header, *rows])

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pretrain.model.attention import Attention
 from pretrain.model.cache import Slot
-from pretrain.model.config import Block, ComputePath, ModelConfig
+from pretrain.model.config import Block, ComputePath, ModelConfig, ProductPrecision
 from pretrain.model.fused.block import fused_block
 from pretrain.model.layout import Layout
 from pretrain.model.mlp import GatedMLP
@@ -29,6 +29,7 @@ class SandwichBlock(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.path = config.path
+        self.is_float8 = config.grad_precision is ProductPrecision.fp8
         self.epsilon = config.norm_epsilon
         self.norm_1 = make_norm(config)
         self.attention = Attention(config)
@@ -40,7 +41,7 @@ class SandwichBlock(nn.Module):
     def forward(self, x_BTD: Tensor, layout: Layout, slot: Slot | None = None) -> Tensor:
         """[B, T, D] of [B, T, D]; with a slot, the tokens continue those already in it."""
         if slot is None and self.path is ComputePath.fused:
-            return fused_block(self, x_BTD, layout, self.epsilon)
+            return fused_block(self, x_BTD, layout, self.epsilon, is_float8=self.is_float8)
         if slot is None and self.path is ComputePath.compiled:
             return _compiled_sandwich()(self, x_BTD, layout)
         return _sandwich(self, x_BTD, layout, slot)

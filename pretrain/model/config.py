@@ -43,8 +43,8 @@ class ComputePath(Enum):
     fused = "fused"
 
 
-class NoGradPrecision(Enum):
-    """Of the matrix products in iterations without gradient: that of training, or float8."""
+class ProductPrecision(Enum):
+    """Of products with weights: that of training, or float8 with a scale for every row."""
 
     same = "same"
     fp8 = "fp8"
@@ -101,8 +101,10 @@ class ModelConfig:
     """Whether queries and keys get a learned bias."""
     path: ComputePath = ComputePath.reference
     """reference: plain PyTorch; compiled: layers by torch.compile; fused: hand-written passes."""
-    no_grad_precision: NoGradPrecision = NoGradPrecision.same
-    """fp8: float8 products in the iterations without gradient; needs path=fused and a GPU."""
+    no_grad_precision: ProductPrecision = ProductPrecision.same
+    """Of the iterations without gradient; fp8 needs path=fused."""
+    grad_precision: ProductPrecision = ProductPrecision.same
+    """Of all else but the adapter, the head and weight gradients; fp8 needs path=fused."""
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
@@ -121,11 +123,12 @@ class ModelConfig:
 
     def _check_path(self) -> None:
         is_fused = self.path is ComputePath.fused
-        if self.no_grad_precision is not NoGradPrecision.same and not is_fused:
-            raise ConfigError(
-                f"model.no_grad_precision={self.no_grad_precision.value} needs model.path=fused, "
-                f"not {self.path.value}."
-            )
+        for name in ("no_grad_precision", "grad_precision"):
+            if getattr(self, name) is not ProductPrecision.same and not is_fused:
+                raise ConfigError(
+                    f"model.{name}={getattr(self, name).value} needs model.path=fused, not "
+                    f"{self.path.value}."
+                )
         unpublished = [
             f"model.{name}={value.value if isinstance(value, Enum) else value}"
             for name, value, published in (

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pretrain.model.block import make_block
 from pretrain.model.cache import Span
-from pretrain.model.config import ComputePath, Injection, ModelConfig, NoGradPrecision
+from pretrain.model.config import ComputePath, Injection, ModelConfig, ProductPrecision
 from pretrain.model.depth import Depth
 from pretrain.model.fused.core import Recurrence, fused_core
 from pretrain.model.layout import Layout
@@ -128,7 +128,8 @@ class RecurrentCore(nn.Module):
             layout=layout,
             epsilon=self.config.norm_epsilon,
             kept_iterations=depths[0].total if kept_iterations is None else kept_iterations,
-            float8_prefix=self.config.no_grad_precision is NoGradPrecision.fp8,
+            float8_prefix=self.config.no_grad_precision is ProductPrecision.fp8,
+            float8_suffix=self.config.grad_precision is ProductPrecision.fp8,
             see=kept.see,
         )
         return fused_core(recurrence, embedded_BTD, state_BTD)

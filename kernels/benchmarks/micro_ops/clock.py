@@ -55,8 +55,13 @@ def repeater(name: str, runs: list[Run]) -> Callable[[], object]:
         )
         torch.cuda.synchronize()
         return lambda: [run() for run in runs]
-    del kept
-    return graph.replay
+
+    def replay() -> object:
+        graph.replay()
+        # what the graph reads and writes must stay allocated as long as it may be replayed
+        return runs, kept
+
+    return replay
 
 
 def measure(

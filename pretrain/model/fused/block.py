@@ -10,6 +10,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from pretrain.model.fused.layer import (
+    Float8Weights,
     LayerInput,
     LayerWeights,
     Place,
@@ -21,12 +22,15 @@ from pretrain.model.layout import Layout
 from pretrain_kernels.norm_chain import norm_chain, norm_chain_backward
 
 
-def fused_block(block: nn.Module, x_BTD: Tensor, layout: Layout, epsilon: float) -> Tensor:
+def fused_block(
+    block: nn.Module, x_BTD: Tensor, layout: Layout, epsilon: float, *, is_float8: bool
+) -> Tensor:
     """A sandwich layer of [B, T, D]; its backward pass is written by hand."""
     place = Place(layout, epsilon)
     weights = LayerWeights.of(block)
     keeps = torch.is_grad_enabled() and any(t.requires_grad for t in (x_BTD, *weights))
-    output: Tensor = _Block.apply(block, place, keeps, x_BTD, *weights)
+    float8 = Float8Weights.of(weights, has_gradient=keeps) if is_float8 else None
+    output: Tensor = _Block.apply(block, place, float8, keeps, x_BTD, *weights)
     return output
 
 
@@ -38,16 +42,19 @@ class _Block(Function):
         ctx: Any,
         block: nn.Module,
         place: Place,
+        float8: Float8Weights | None,
         keeps: bool,
         x_BTD: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
         weights = LayerWeights.of(block)
         chained = norm_chain(
-            None, x_BTD.flatten(0, 1), gain_b_D=weights.norm_1, epsilon=place.epsilon
-        )
-        after, saved = layer_forward(weights, LayerInput.after(chained, None), place, None)
-        ctx.block, ctx.place = block, place
+            None, x_BTD.flatten(0, 1), gain_b_D=weights.norm_1, epsilon=place.epsilon,
+            fp8=float8 is not None,
+        )  # fmt: skip
+        given = LayerInput.after(chained, None)
+        after, saved = layer_forward(weights, given, place, None, float8)
+        ctx.block, ctx.place, ctx.float8 = block, place, float8 if keeps else None
         # not through save_for_backward: none of it is an input or output, so no cycle can arise
         ctx.saved = (chained, saved) if keeps else None
         normed_ND = after.normed_ND
@@ -61,7 +68,7 @@ class _Block(Function):
         (chained, saved), ctx.saved = taken_once(ctx.saved), None
         sums = GradientSums.once()
         dnormed_ND, dstream_ND = layer_backward(
-            weights, saved, place, None, sums, dx_BTD.contiguous().flatten(0, 1), None
+            weights, saved, place, None, sums, dx_BTD.contiguous().flatten(0, 1), None, ctx.float8
         )
         dx_ND = norm_chain_backward(
             dnormed_ND, dstream_ND, chained.sum_ND,
@@ -69,7 +76,15 @@ class _Block(Function):
             rstd_b_N=chained.rstd_b_N, gain_b_D=weights.norm_1,
             dgain_b_D=sums.vector(weights.norm_1),
         )  # fmt: skip
-        return None, None, None, dx_ND.view_as(dx_BTD), *(sums.take(weight) for weight in weights)
+        ctx.float8 = None
+        return (
+            None,
+            None,
+            None,
+            None,
+            dx_ND.view_as(dx_BTD),
+            *(sums.take(weight) for weight in weights),
+        )
 
 
 def taken_once(saved: Any) -> Any:

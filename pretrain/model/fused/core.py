@@ -68,11 +68,15 @@ class Recurrence:
     """Of the iterations with gradient, the last so many keep their intermediate results."""
     float8_prefix: bool
     """Whether iterations without gradient multiply in float8."""
+    float8_suffix: bool
+    """Whether those with gradient do, and their input gradients; weight gradients never do."""
     see: Callable[[int, Tensor], None]
     """Called with the number of iterations done and the active rows' state [A, T, D]."""
     passes: list[Pass] = field(default_factory=list)
     injected_BTD: Tensor | None = None
     """A_e e, while there is something to compute again."""
+    float8: list[Float8Weights] | None = None
+    """Of each layer, from the beginning of the forward pass to the end of the backward pass."""
 
     @property
     def weights(self) -> list[LayerWeights]:
@@ -96,10 +100,10 @@ class Recurrence:
         weights, total = self.weights, self.depths[0].total
         injected_BTD = _flat(embedded_BTD).mm(self.adapter[1].t()).view_as(embedded_BTD)
         self.injected_BTD = injected_BTD if keeps else None
-        float8 = None
-        if self.float8_prefix and total > self.gradient_iterations:
+        if self.float8_suffix or (self.float8_prefix and total > self.gradient_iterations):
             # once for all iterations: 0.1 % of a micro-step at 3.5B
-            float8 = [Float8Weights.of(weight) for weight in weights]
+            has_gradient = self.float8_suffix and keeps
+            self.float8 = [Float8Weights.of(w, has_gradient=has_gradient) for w in weights]
         state_ATD = start_BTD[:0]
         for left in range(total, 0, -1):
             state_ATD = self._join(state_ATD, start_BTD, left)
@@ -109,12 +113,14 @@ class Recurrence:
             after_ND, kept = self.iterate(
                 state_ND, _flat(injected_BTD[: len(state_ATD)]), weights, place,
                 keeps=keeps and has_grad and left <= self.kept_iterations,
-                float8=None if has_grad else float8,
+                is_float8=self.float8_suffix if has_grad else self.float8_prefix,
             )  # fmt: skip
             if has_grad and keeps:
                 self.passes.append(Pass(state_ND, place, kept))
             state_ATD = after_ND.view_as(state_ATD)
             self.see(total - left + 1, state_ATD)
+        if not (self.float8_suffix and keeps):
+            self.float8 = None
         return state_ATD
 
     def iterate(
@@ -125,23 +131,22 @@ class Recurrence:
         place: Place,
         *,
         keeps: bool,
-        float8: list[Float8Weights] | None = None,
+        is_float8: bool,
     ) -> tuple[Tensor, Kept | None]:
         """s <- layers(A_s s + A_e e), and with `keeps` all that its backward pass needs."""
         branch_ND = state_ND.mm(self.adapter[0].t())
         chained = norm_chain(
             branch_ND, injected_ND, gain_b_D=weights[0].norm_1, epsilon=place.epsilon,
-            sum_out=branch_ND, fp8=float8 is not None,
+            sum_out=branch_ND, fp8=is_float8,
         )  # fmt: skip
         first = given = LayerInput.after(chained, None)
         layers = []
         for index, weight in enumerate(weights):
             given, saved = layer_forward(
                 weight, given, place, _next_norm(weights, index),
-                None if float8 is None else float8[index],
+                self._float8(index) if is_float8 else None,
             )  # fmt: skip
             if keeps:
-                assert saved is not None
                 layers.append(saved)
         assert isinstance(given.normed_ND, Tensor)
         return given.normed_ND, Kept(first, layers) if keeps else None
@@ -150,7 +155,9 @@ class Recurrence:
         """What an iteration would have kept, from the state before it."""
         assert self.injected_BTD is not None
         injected_ND = _flat(self.injected_BTD)[: len(state_ND)]
-        _, kept = self.iterate(state_ND, injected_ND, self.weights, place, keeps=True)
+        _, kept = self.iterate(
+            state_ND, injected_ND, self.weights, place, keeps=True, is_float8=self.float8_suffix
+        )
         assert kept is not None
         return kept
 
@@ -163,7 +170,7 @@ class Recurrence:
         for index in reversed(range(len(weights))):
             dnormed_ND, dstream_ND = layer_backward(
                 weights[index], kept.layers.pop(), place, _next_norm(weights, index), sums,
-                dnormed_ND, dstream_ND,
+                dnormed_ND, dstream_ND, self._float8(index) if self.float8_suffix else None,
             )  # fmt: skip
         return norm_chain_backward(
             dnormed_ND, dstream_ND, kept.first.sum_ND,
@@ -184,6 +191,10 @@ class Recurrence:
             return dstate_ATD
         is_over_A11 = torch.tensor(is_over, device=dstate_ATD.device)[:, None, None]
         return dstate_ATD.masked_fill(is_over_A11, 0)
+
+    def _float8(self, index: int) -> Float8Weights:
+        assert self.float8 is not None
+        return self.float8[index]
 
     def _join(self, state_ATD: Tensor, start_BTD: Tensor, left: int) -> Tensor:
         """The active rows with those whose depth is `left`."""
@@ -247,6 +258,7 @@ class _Core(Function):
             sums.add_product(adapter, dsum_ND, state_ND, slice(0, width))
             if recurrence.passes:
                 dstate_ATD = dsum_ND.mm(on_state_DD).view_as(dstate_ATD)
+        recurrence.float8 = recurrence.injected_BTD = None
         dinjected_ND = _flat(dinjected_BTD).to(embedded_BTD.dtype)
         sums.add_product(adapter, dinjected_ND, _flat(embedded_BTD), slice(width, 2 * width))
         dembedded_BTD = dinjected_ND.mm(on_embedded_DD).view_as(embedded_BTD)

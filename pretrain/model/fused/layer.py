@@ -17,10 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.model.fused.attention import Attended, choose_backend
-from pretrain.model.fused.products import GradientSums, project
+from pretrain.model.fused.products import GradientSums, input_gradient, project
 from pretrain.model.layout import Layout
 from pretrain_kernels.fp8 import Fp8
-from pretrain_kernels.norm_chain import Chained, norm_chain, norm_chain_backward
+from pretrain_kernels.norm_chain import (
+    Chained,
+    norm_chain,
+    norm_chain_backward,
+    norm_chain_output,
+)
 from pretrain_kernels.qk_rope import qk_rope_, qk_rope_backward
 from pretrain_kernels.quantize_rows import quantize_rows
 from pretrain_kernels.swiglu import swiglu, swiglu_backward
@@ -58,19 +63,32 @@ PARAMETERS = (
 )
 
 
-class Float8Weights(NamedTuple):
-    """The three matrices of a layer whose products may run in float8, quantized by output."""
+class Matrices(NamedTuple):
+    """The four matrices of a layer."""
 
     qkv: Fp8
+    output: Fp8
     gate_up: Fp8
     down: Fp8
 
+
+class Float8Weights(NamedTuple):
+    """A layer's matrices in float8, for products with activations and with their gradients."""
+
+    by_output: Matrices
+    """Each as it is, a scale for every output."""
+    by_input: Matrices | None
+    """Each transposed, a scale for every input; None where nothing is differentiated."""
+
     @staticmethod
-    def of(weights: LayerWeights) -> "Float8Weights":
+    def of(weights: LayerWeights, *, has_gradient: bool) -> "Float8Weights":
         """Quantized now; the weights must not change while this is in use."""
-        return Float8Weights(
-            quantize_rows(weights.qkv), quantize_rows(weights.gate_up), quantize_rows(weights.down)
-        )
+        matrices = (weights.qkv, weights.output, weights.gate_up, weights.down)
+        by_output = Matrices(*(quantize_rows(matrix) for matrix in matrices))
+        if not has_gradient:
+            return Float8Weights(by_output, None)
+        by_input = Matrices(*(quantize_rows(matrix.t().contiguous()) for matrix in matrices))
+        return Float8Weights(by_output, by_input)
 
 
 @dataclass(frozen=True)
@@ -98,6 +116,12 @@ class LayerInput(NamedTuple):
     normed_ND: Tensor | Fp8
     rstd_1_N: Tensor | None
 
+    def normed(self, norm_1_D: Tensor) -> Tensor:
+        """n1 x, whose gain is norm_1_D, computed again where it was made in float8."""
+        if isinstance(self.normed_ND, Tensor):
+            return self.normed_ND
+        return norm_chain_output(self.sum_ND, self.rstd_N, self.gain_D, self.rstd_1_N, norm_1_D)
+
     @staticmethod
     def after(chained: Chained, gain_D: Tensor | None) -> "LayerInput":
         """What a chain leaves to the layer behind it; gain_D is that of the chain's first norm."""
@@ -106,9 +130,12 @@ class LayerInput(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward pass of a layer needs of its forward pass: 16 D + 4 I bytes a token."""
+    """What the backward pass of a layer needs of its forward pass.
 
-    normed_1_ND: Tensor
+    In bf16 that is 16 D + 4 I bytes a token.
+    """
+
+    given: LayerInput
     qkv_N3HK: Tensor
     attended: Attended
     middle: LayerInput
@@ -122,21 +149,22 @@ def layer_forward(
     place: Place,
     next_norm_D: Tensor | None,
     float8: Float8Weights | None = None,
-) -> tuple[LayerInput, Saved | None]:
+) -> tuple[LayerInput, Saved]:
     """The input of the next layer, whose first norm has the gain next_norm_D.
 
-    Without a next layer `normed_ND` is x' itself. With float8 weights, three of the four products
-    run in float8, `given.normed_ND` must be float8 too, and nothing is saved.
+    Without a next layer `normed_ND` is x' itself. With float8 weights all products but attention's
+    run in float8, and `given.normed_ND` must be float8 too.
     """
     is_8 = float8 is not None
-    matrices = float8 or weights
+    matrices = weights if float8 is None else float8.by_output
     rows, tokens, _ = place.layout.cos_BTP.shape
     qkv_NX = project(given.normed_ND, matrices.qkv)
     qkv_N3HK = qkv_NX.view(rows * tokens, 3, *weights.qk_bias.shape[-2:])
     qk_rope_(qkv_N3HK, weights.qk_bias.squeeze(1), *place.angles)
     q, k, v = _heads(qkv_N3HK, rows)
     attended = choose_backend(q, place.layout).forward(q, k, v, place.layout)
-    branch_ND = project(_flat(attended.mixed_BHTK), weights.output)
+    mixed_ND = _flat(attended.mixed_BHTK)
+    branch_ND = project(quantize_rows(mixed_ND) if is_8 else mixed_ND, matrices.output)
     middle = LayerInput.after(
         norm_chain(
             branch_ND, given.sum_ND, rstd_N=given.rstd_N, gain_D=given.gain_D,
@@ -155,9 +183,7 @@ def layer_forward(
         ),
         weights.norm_4,
     )  # fmt: skip
-    if isinstance(given.normed_ND, Fp8):
-        return after, None
-    return after, Saved(given.normed_ND, qkv_N3HK, attended, middle, gate_up_N2I, after)
+    return after, Saved(given, qkv_N3HK, attended, middle, gate_up_N2I, after)
 
 
 def layer_backward(
@@ -168,37 +194,39 @@ def layer_backward(
     sums: GradientSums,
     dnormed_ND: Tensor,
     dx_ND: Tensor | None,
+    float8: Float8Weights | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of n1 x and of the residual stream x, given those of what forward gave.
 
     dx_ND is the gradient of x' from the residual stream behind; `dnormed_ND` that of the next
     layer's n1 x', or of x' itself where there is none. Gradients of weights are added to `sums`.
-    `saved.gate_up_N2I` is overwritten.
+    `saved.gate_up_N2I` is overwritten. With float8 weights, products with weights run in float8;
+    sums of weight gradients never do.
     """
     rows = place.layout.cos_BTP.shape[0]
     middle, after = saved.middle, saved.after
-    assert isinstance(middle.normed_ND, Tensor)
+    narrow = None if float8 is None else float8.by_input
     ds4_ND = norm_chain_backward(
         dnormed_ND, dx_ND, after.sum_ND,
         rstd_a_N=after.rstd_N, gain_a_D=weights.norm_4, dgain_a_D=sums.vector(weights.norm_4),
         rstd_b_N=after.rstd_1_N, gain_b_D=next_norm_D,
         dgain_b_D=None if next_norm_D is None else sums.vector(next_norm_D),
     )  # fmt: skip
-    dhidden_NI = torch.mm(ds4_ND, weights.down)
+    dhidden_NI = input_gradient(ds4_ND, weights.down, narrow and narrow.down)
     hidden_NI = torch.empty_like(dhidden_NI)
     dgate_up_N2I = swiglu_backward(
         dhidden_NI, saved.gate_up_N2I, out=saved.gate_up_N2I, hidden_out=hidden_NI
     )
     sums.add_product(weights.down, ds4_ND, hidden_NI)
     del dhidden_NI, hidden_NI
-    dmiddle_ND = torch.mm(dgate_up_N2I, weights.gate_up)
-    sums.add_product(weights.gate_up, dgate_up_N2I, middle.normed_ND)
+    dmiddle_ND = input_gradient(dgate_up_N2I, weights.gate_up, narrow and narrow.gate_up)
+    sums.add_product(weights.gate_up, dgate_up_N2I, middle.normed(weights.norm_3))
     ds2_ND = norm_chain_backward(
         dmiddle_ND, ds4_ND, middle.sum_ND,
         rstd_a_N=middle.rstd_N, gain_a_D=weights.norm_2, dgain_a_D=sums.vector(weights.norm_2),
         rstd_b_N=middle.rstd_1_N, gain_b_D=weights.norm_3, dgain_b_D=sums.vector(weights.norm_3),
     )  # fmt: skip
-    dmixed_ND = torch.mm(ds2_ND, weights.output)
+    dmixed_ND = input_gradient(ds2_ND, weights.output, narrow and narrow.output)
     mixed_BHTK = saved.attended.mixed_BHTK
     sums.add_product(weights.output, ds2_ND, _flat(mixed_BHTK))
     q, k, v = _heads(saved.qkv_N3HK, rows)
@@ -211,8 +239,8 @@ def layer_backward(
         dbias_2HK=sums.vector(weights.qk_bias).squeeze(1),
     )  # fmt: skip
     dqkv_NX = dqkv_N3HK.flatten(1)
-    sums.add_product(weights.qkv, dqkv_NX, saved.normed_1_ND)
-    return torch.mm(dqkv_NX, weights.qkv), ds2_ND
+    sums.add_product(weights.qkv, dqkv_NX, saved.given.normed(weights.norm_1))
+    return input_gradient(dqkv_NX, weights.qkv, narrow and narrow.qkv), ds2_ND
 
 
 def _heads(qkv_N3HK: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:

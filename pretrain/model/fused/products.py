@@ -8,12 +8,16 @@ import torch
 from torch import Tensor
 
 from pretrain_kernels.fp8 import Fp8
+from pretrain_kernels.quantize_rows import quantize_rows
 
 
 def project(x_NI: Tensor | Fp8, weight_OI: Tensor | Fp8) -> Tensor:
     """x W^T: [N, O] in the dtype of x; bf16 where both are rows of float8 with their scales."""
     if isinstance(x_NI, Fp8):
         assert isinstance(weight_OI, Fp8)
+        if not x_NI.values_ND.is_cuda:
+            # only GPUs multiply float8; the same numbers, then
+            return torch.mm(widen(x_NI), widen(weight_OI).t()).to(torch.bfloat16)
         return torch._scaled_mm(
             x_NI.values_ND,
             weight_OI.values_ND.t(),
@@ -24,6 +28,18 @@ def project(x_NI: Tensor | Fp8, weight_OI: Tensor | Fp8) -> Tensor:
         )
     assert isinstance(weight_OI, Tensor)
     return torch.mm(x_NI, weight_OI.t())
+
+
+def input_gradient(dy_NO: Tensor, weight_OI: Tensor, weight_IO: Fp8 | None) -> Tensor:
+    """dy W: [N, I], where y = x W^T; in float8 if the transposed weight is given so."""
+    if weight_IO is None:
+        return torch.mm(dy_NO, weight_OI)
+    return project(quantize_rows(dy_NO), weight_IO)
+
+
+def widen(narrow: Fp8) -> Tensor:
+    """What the float8 values stand for, in float32."""
+    return narrow.values_ND.float() * narrow.scale_N1
 
 
 class GradientSums:
