@@ -67,8 +67,8 @@ def start(name: str, seed: int, overrides: list[str]) -> subprocess.Popen[bytes]
     """One run in the background."""
     command = [
         sys.executable, "-m", "pretrain", "train", "experiment=huginn-100m", "logging=quiet",
-        "batch.global_tokens=8192", "batch.micro_rows=8", f"run.steps={STEPS}",
-        "schedule.warmup_tokens=409600", "schedule.cooldown_tokens=0",
+        "batch.global_tokens=2048", "batch.micro_rows=2", f"run.steps={STEPS}",
+        "schedule.warmup_tokens=102400", "schedule.cooldown_tokens=0",
         "checkpoint.every_steps=100000",
         "validation.every_steps=100000", "validation.rows=128", "validation.depths=[1,8,32]",
         f"run.seed={seed}", f"run.dir={folder(name, seed)}", *overrides,
@@ -84,7 +84,10 @@ def compare(found: dict[tuple[str, int], list[dict[str, Any]]]) -> None:
         key: {r["step"]: r["loss/nats"] for r in own if "loss/nats" in r}
         for key, own in found.items()
     }
-    last = min(max(own, default=0) for own in losses.values())
+    for name, seed in [key for key, own in losses.items() if not own]:
+        print(f"{name}, seed {seed}: no step, see {folder(name, seed)}.log", flush=True)
+        del losses[name, seed]
+    last = min(max(own) for own in losses.values())
     with (RESULTS / "convergence-losses.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["step", *(f"{name}, seed {seed}" for name, seed in losses)])
