@@ -65,22 +65,22 @@ def read_reports(folder: Path) -> list[NodeReport]:
 def judge(reports: Sequence[NodeReport]) -> Verdicts:
     """What each node's neighbours say of it; nothing for a node that is like the others."""
     verdicts: Verdicts = {report.node: [] for report in reports}
-    for node, finding in (*_unequal(reports), *_slow(reports), *_clocks_apart(reports)):
+    for node, finding in (*unequal(reports), *_slow(reports), *_clocks_apart(reports)):
         verdicts[node].append(finding)
     return verdicts
 
 
-def _unequal(reports: Sequence[NodeReport]) -> Iterator[tuple[str, Finding]]:
+def unequal(reports: Sequence[NodeReport]) -> Iterator[tuple[str, Finding]]:
     """Nodes whose versions or hashes are not those of most nodes.
 
-    If no value has a majority, the first of the commonest ones, in the order of the nodes' names,
-    counts: what remains agrees, though nobody knows that it is right.
+    If no value has a majority, the first of the commonest ones, in the order given, counts: what
+    remains agrees, though nobody knows that it is right.
     """
     for kind in ("versions", "hashes"):
         tables = {report.node: getattr(report.measurements, kind) for report in reports}
         tables = {node: table for node, table in tables.items() if table}
         for name in dict.fromkeys(name for table in tables.values() for name in table):
-            values = {node: table.get(name, "none") for node, table in sorted(tables.items())}
+            values = {node: table.get(name, "none") for node, table in tables.items()}
             counts = Counter(values.values())
             # of equally frequent values the one met first
             usual, frequency = counts.most_common(1)[0]

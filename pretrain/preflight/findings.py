@@ -31,7 +31,7 @@ def show(findings: Iterable[Finding]) -> list[Finding]:
     """Print findings as they come, with their remedies; all of them in the end."""
     shown = []
     for finding in findings:
-        print(f"{finding.status.value:8}{finding.subject:14}{finding.detail}", flush=True)
+        print(f"{finding.status.value:8}{finding.subject:13} {finding.detail}", flush=True)
         if finding.remedy:
             print(f"{'':22}-> {finding.remedy}", flush=True)
         shown.append(finding)

@@ -1,7 +1,8 @@
 """What a node says of itself: NODE.json in doctor.folder. Torch-free.
 
     {"node": "n03", "ok": false,
-     "findings": [{"status": "missing", "subject": "gpu 3", "detail": "...", "remedy": "..."}],
+     "findings": [{"status": "missing", "subject": "gpu 3", "detail": "...", "remedy": "...",
+                   "error": "ConfigError"}],
      "measurements": {"versions": {}, "hashes": {}, "devices": [], "rates": {}, "clock": {}}}
 
 The launcher excludes a node whose file says ok=false, or that left none.
@@ -12,10 +13,13 @@ import json
 import os
 from pathlib import Path
 
-from pretrain.errors import DataError
+from pretrain.errors import ConfigError, DamageError, DataError
 from pretrain.preflight.findings import Finding, Status, blocking
 from pretrain.preflight.host import Clock
 from pretrain.secrets import redact, secret_values
+
+# What a finding may make of the command, by name.
+ERRORS = {kind.__name__: kind for kind in (ConfigError, DataError, DamageError)}
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -59,6 +63,7 @@ class NodeReport:
                     "subject": finding.subject,
                     "detail": finding.detail,
                     "remedy": finding.remedy,
+                    "error": finding.error.__name__,
                 }
                 for finding in self.findings
             ],
@@ -82,7 +87,13 @@ def read_report(path: Path) -> NodeReport:
         return NodeReport(
             node=content["node"],
             findings=[
-                Finding(Status(found["status"]), found["subject"], found["detail"], found["remedy"])
+                Finding(
+                    Status(found["status"]),
+                    found["subject"],
+                    found["detail"],
+                    found["remedy"],
+                    ERRORS[found["error"]],
+                )
                 for found in content["findings"]
             ],
             measurements=Measurements(**measured, clock=clock and Clock(**clock)),
