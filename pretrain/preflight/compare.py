@@ -76,22 +76,31 @@ def unequal(reports: Sequence[NodeReport]) -> Iterator[tuple[str, Finding]]:
     If no value has a majority, the first of the commonest ones, in the order given, counts: what
     remains agrees, though nobody knows that it is right.
     """
-    for kind in ("versions", "hashes"):
-        tables = {report.node: getattr(report.measurements, kind) for report in reports}
-        tables = {node: table for node, table in tables.items() if table}
-        for name in dict.fromkeys(name for table in tables.values() for name in table):
-            values = {node: table.get(name, "none") for node, table in tables.items()}
-            counts = Counter(values.values())
-            # of equally frequent values the one met first
-            usual, frequency = counts.most_common(1)[0]
-            for node, value in values.items():
-                if value != usual:
-                    yield node, Finding(
+    tables = {report.node: _comparable(report.measurements) for report in reports}
+    tables = {node: table for node, table in tables.items() if table}
+    for name in dict.fromkeys(name for table in tables.values() for name in table):
+        values = {node: table.get(name, "none") for node, table in tables.items()}
+        # of equally frequent values the one met first
+        usual, frequency = Counter(values.values()).most_common(1)[0]
+        for node, value in values.items():
+            if value != usual:
+                yield (
+                    node,
+                    Finding(
                         Status.missing,
                         f"{MARK}: {name}",
-                        f"{value[:16]}, but {usual[:16]} on {frequency} of {len(values)} nodes",
-                        "give all nodes the same software, code and files, or exclude the node",
-                    )
+                        f"{value[:40]}, but {usual[:40]} on {frequency} of {len(values)}",
+                        "give all the same software, code and files, or exclude the node",
+                    ),
+                )
+
+
+def _comparable(measured: Measurements) -> dict[str, str]:
+    """What must be equal; nothing of a node whose report is damaged."""
+    table = measured.versions | measured.hashes
+    if measured.devices:
+        table["devices"] = ", ".join(measured.devices)
+    return table
 
 
 def _slow(reports: Sequence[NodeReport]) -> Iterator[tuple[str, Finding]]:
@@ -106,12 +115,15 @@ def _slow(reports: Sequence[NodeReport]) -> Iterator[tuple[str, Finding]]:
         for index in slow_ones(rates):
             node, device, rate = places[index]
             others = statistics.median(rates[:index] + rates[index + 1 :])
-            yield node, Finding(
-                Status.missing,
-                f"{MARK}: {name}",
-                f"device {device} of {node}: {rate:.4g}, {100 * (1 - rate / others):.0f} % below "
-                f"the median of the {len(rates) - 1} others, {others:.4g}",
-                "exclude the node, and look at it",
+            yield (
+                node,
+                Finding(
+                    Status.missing,
+                    f"{MARK}: {name}",
+                    f"device {device}: {rate:.4g}, {100 * (1 - rate / others):.0f} % below the "
+                    f"median of the {len(rates) - 1} others, {others:.4g}",
+                    "exclude the node, and look at it",
+                ),
             )
 
 
@@ -124,12 +136,15 @@ def _clocks_apart(reports: Sequence[NodeReport]) -> Iterator[tuple[str, Finding]
     for node, clock in clocks.items():
         apart = clock.offset_s - usual
         if abs(apart) > CLOCK_APART_S + clock.resolution_s:
-            yield node, Finding(
-                Status.warn,
-                f"{MARK}: clock",
-                f"{apart:+.2f} s from most nodes' (true to {clock.resolution_s:.2f} s); training "
-                "does not mind, readers of logs will",
-                "have its time service looked at",
+            yield (
+                node,
+                Finding(
+                    Status.warn,
+                    f"{MARK}: clock",
+                    f"{apart:+.2f} s from most nodes' (true to {clock.resolution_s:.2f} s); "
+                    "training does not mind, readers of logs will",
+                    "have its time service looked at",
+                ),
             )
 
 

@@ -1,4 +1,4 @@
-"""What a node's operating system gives its ranks: memory, limits, caches, and a clock. Torch-free."""
+"""What a node's operating system gives its ranks: memory, limits, caches, a clock. Torch-free."""
 
 import os
 import resource

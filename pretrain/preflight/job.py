@@ -73,8 +73,8 @@ def check_equal(config: DoctorConfig, world: World, hosts: Sequence[str]) -> Ite
     ]
     found = False
     for name, finding in unequal(reports):
-        yield Finding(finding.status, "ranks", f"{name}, {finding.subject}: {finding.detail}",
-                      finding.remedy)  # fmt: skip
+        detail = f"{name}, {finding.subject}: {finding.detail}"
+        yield Finding(finding.status, "ranks", detail, finding.remedy)
         found = True
     if not found:
         yield Finding(Status.ok, "ranks", f"{world.size} with equal versions, code and config")

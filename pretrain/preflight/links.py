@@ -68,7 +68,7 @@ def check_links(world: World, hosts: Sequence[str]) -> Iterator[Finding]:
         yield Finding(Status.ok, "all-reduce", f"{world.size} ranks, {_describe(done)}")
     for kind, groups in (("in node", by_node(hosts)), ("across nodes", across_nodes(hosts))):
         yield from _check_groups(world, kind, groups, hosts)
-    yield from judge_links(measure_links(world), hosts, is_gpu=world.device.type == "cuda")
+    yield from judge_links(measure_links(world), hosts, _severity(world.device.type))
 
 
 def by_node(hosts: Sequence[str]) -> list[list[int]]:
@@ -110,7 +110,7 @@ def measure_links(world: World) -> list[Link]:
     """Exchanges between all neighbours in the ring, round by round."""
     links = []
     for pairs in ring_rounds(world.size):
-        peers = {a: b for a, b in pairs} | {b: a for a, b in pairs}
+        peers = dict(pairs) | {b: a for a, b in pairs}
         peer = peers.get(world.rank)
         times = world.gather_objects(_exchange(world, peer))
         size = LINK_BYTES[world.device.type]
@@ -118,11 +118,10 @@ def measure_links(world: World) -> list[Link]:
     return links
 
 
-def judge_links(links: Sequence[Link], hosts: Sequence[str], *, is_gpu: bool) -> Iterator[Finding]:
+def judge_links(links: Sequence[Link], hosts: Sequence[str], severity: Status) -> Iterator[Finding]:
     """The slowest link in a node and between nodes, and those that are slower than their like.
 
-    A rank all of whose links are slow is named itself. On CPUs, where links share cores, a slow
-    one is only a warning.
+    A rank all of whose links are slow is named itself. `severity`: of a slow link.
     """
     slow: list[Link] = []
     for kind in ("in node", "between nodes"):
@@ -133,22 +132,25 @@ def judge_links(links: Sequence[Link], hosts: Sequence[str], *, is_gpu: bool) ->
             slowest = min(like, key=lambda link: link.gb_per_s)
             detail = f"{len(like)} {kind}, slowest {_name(slowest, hosts)}"
             yield Finding(Status.ok, "links", detail)
-    status = Status.missing if is_gpu else Status.warn
     for link in slow:
         detail = f"slow {_kind(link, hosts)}: {_name(link, hosts)}"
-        yield Finding(status, "link", detail, "exclude one of the nodes; see which by another run")
+        yield Finding(
+            severity, "link", detail, "exclude one of the nodes; see which by another run"
+        )
     for rank, host in enumerate(hosts):
         own = [link for link in links if rank in (link.first, link.second)]
         if len(own) > 1 and all(link in slow for link in own):
             detail = f"every link of rank {rank} on {host} is slow"
-            yield Finding(status, "link", detail, f"exclude {host}")
+            yield Finding(severity, "link", detail, f"exclude {host}")
 
 
 def _check_groups(
     world: World, kind: str, groups: list[list[int]], hosts: Sequence[str]
 ) -> Iterator[Finding]:
     """All-reduce in each group at once; groups that are slower than the others."""
-    if len(groups) == 1 and len(groups[0]) == world.size or not any(len(g) > 1 for g in groups):
+    talking = [members for members in groups if len(members) > 1]
+    if not talking or len(groups) == 1:
+        # nobody to talk to, or the whole job again
         return
     mine: tuple[list[int], Any] = ([], None)
     for members in groups:
@@ -159,18 +161,15 @@ def _check_groups(
     size = REDUCED_BYTES[world.device.type][-1]
     results = time_all_reduce(world, size, *mine)
     dist.destroy_process_group(mine[1])
-    rates = [results[members[0]].bus_gb_per_s for members in groups]
-    slow = slow_ones(rates)
-    yield Finding(
-        Status.warn if slow else Status.ok,
-        f"sum {kind}",
-        f"{len(groups)} groups at once, slowest {_describe(results[groups[_least(rates)][0]])}",
-    )
+    rates = [results[members[0]].bus_gb_per_s for members in talking]
+    slow, least = slow_ones(rates), rates.index(min(rates))
+    shown = _describe(results[talking[least][0]])
+    yield Finding(Status.ok, f"sum {kind}", f"{len(talking)} groups at once, slowest {shown}")
     for index in slow:
-        names = ", ".join(f"{rank} on {hosts[rank]}" for rank in groups[index])
-        status = Status.missing if world.device.type == "cuda" else Status.warn
+        names = ", ".join(f"{rank} on {hosts[rank]}" for rank in talking[index])
         detail = f"slower than the other groups {kind}: {rates[index]:.3g} GB/s, ranks {names}"
-        yield Finding(status, "link", detail, "exclude the node, and look at its links")
+        remedy = "exclude the node, and look at its links"
+        yield Finding(_severity(world.device.type), "link", detail, remedy)
 
 
 def _exchange(world: World, peer: int | None) -> float:
@@ -206,9 +205,7 @@ def _slowest_of_each(
 ) -> list[tuple[int, float]]:
     """For each rank: how many are in its group, and the longest time there."""
     everyone = world.gather_objects((seconds, list(members)))
-    return [
-        (len(ranks), max(everyone[rank][0] for rank in ranks)) for _, ranks in everyone
-    ]
+    return [(len(ranks), max(everyone[rank][0] for rank in ranks)) for _, ranks in everyone]
 
 
 def _kind(link: Link, hosts: Sequence[str]) -> str:
@@ -228,5 +225,6 @@ def _describe(done: Reduced) -> str:
     )
 
 
-def _least(rates: Sequence[float]) -> int:
-    return min(range(len(rates)), key=rates.__getitem__)
+def _severity(device_type: str) -> Status:
+    """Ranks on CPUs share cores and memory with whatever else runs: a slow link proves little."""
+    return Status.missing if device_type == "cuda" else Status.warn

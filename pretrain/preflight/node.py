@@ -45,9 +45,7 @@ def run(config: DoctorConfig) -> None:
 def examine(config: DoctorConfig) -> NodeReport:
     """All checks of this node, printed as they come."""
     measured = Measurements()
-    findings = show(
-        finding for check in CHECKS for finding in _survive(check, config, measured)
-    )
+    findings = show(finding for check in CHECKS for finding in _survive(check, config, measured))
     return NodeReport(node=node_name(), findings=findings, measurements=measured)
 
 
@@ -172,19 +170,21 @@ def check_first_members(config: DoctorConfig, measured: Measurements) -> Iterato
     count = min(config.doctor.shards, len(places))
     first = int(os.environ.get("SLURM_NODEID") or 0) * count
     store = ShardStore(config.data, manifest, "train")
-    read = 0
+    sizes = []
     for index in range(first, first + count):
         source, shard = places[index % len(places)]
         reader = store.reader(source, shard)
         try:
-            read += sum(len(member) for member in reader.verify_member(0))
+            sizes.append(sum(len(member) for member in reader.verify_member(0)))
         except DamageError as error:
             is_fatal = config.data.on_damage is OnDamage.error
             status = Status.missing if is_fatal else Status.warn
             yield Finding(status, "shard", str(error), error=DamageError)
         finally:
             reader.close()
-    yield Finding(Status.ok, "shard", f"{read:,} bytes of the first members of {count} verified")
+    if sizes:
+        detail = f"{sum(sizes):,} bytes verified in the first members of {len(sizes)} shards"
+        yield Finding(Status.ok, "shard", detail)
 
 
 def check_versions(config: DoctorConfig, measured: Measurements) -> Iterator[Finding]:
@@ -223,8 +223,8 @@ def _ours(gpus: list[GpuState]) -> list[GpuState]:
     return [gpu for gpu in gpus if gpu.uuid.removeprefix("GPU-") in visible]
 
 
-def _of_machine(check: machine.Check) -> Check:
-    """A check of one machine as one of a node: it measures nothing to compare."""
+def _only_looks(check: Callable[[DoctorConfig], Iterator[Finding]]) -> Check:
+    """A check that measures nothing to compare, among those that do."""
 
     def checked(config: DoctorConfig, measured: Measurements) -> Iterator[Finding]:
         return check(config)
@@ -236,19 +236,19 @@ def _of_machine(check: machine.Check) -> Check:
 # The driver first: from then on this process itself holds memory on the GPUs. The trial step last.
 CHECKS: tuple[Check, ...] = (
     check_gpus,
-    _of_machine(machine.check_python),
-    _of_machine(machine.check_packages),
-    _of_machine(machine.check_machine),
-    _of_machine(machine.check_communication),
-    _of_machine(machine.check_triton),
-    _of_machine(check_shared_memory),  # type: ignore[arg-type]
-    _of_machine(check_limits),  # type: ignore[arg-type]
-    _of_machine(check_caches),  # type: ignore[arg-type]
-    _of_machine(machine.check_run_folder),
+    _only_looks(machine.check_python),
+    _only_looks(machine.check_packages),
+    _only_looks(machine.check_machine),
+    _only_looks(machine.check_communication),
+    _only_looks(machine.check_triton),
+    _only_looks(check_shared_memory),
+    _only_looks(check_limits),
+    _only_looks(check_caches),
+    _only_looks(machine.check_run_folder),
     check_clock,
-    _of_machine(machine.check_data),
+    _only_looks(machine.check_data),
     check_first_members,
     check_speed,
     check_versions,
-    _of_machine(machine.check_step),
+    _only_looks(machine.check_step),
 )

@@ -68,7 +68,7 @@ class DriverState:
 
 
 def read_driver() -> DriverState:
-    """The state of all GPUs that this process may see. Raises NoDriverError if there is no driver."""
+    """The state of all GPUs that this process may see. Raises NoDriverError if none answers."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
@@ -173,7 +173,11 @@ def _limits(gpu: GpuState) -> Iterator[tuple[Status, str, str]]:
     limit, default = gpu.power_limit_w, gpu.default_power_w
     if limit and default and limit < LOWERED_POWER * default:
         detail = f"its power is limited to {limit:.0f} W, the board's own limit is {default:.0f} W"
-        yield Status.warn, detail, f"nvidia-smi -i {gpu.index} -pl {default:.0f}, if that is allowed"
+        yield (
+            Status.warn,
+            detail,
+            f"nvidia-smi -i {gpu.index} -pl {default:.0f}, if that is allowed",
+        )
     hot = gpu.temperature_c, gpu.slowdown_c
     if hot[0] is not None and hot[1] is not None and hot[0] > hot[1] - NEARLY_TOO_HOT_C:
         detail = f"{hot[0]} degrees before any work; it slows down at {hot[1]}"

@@ -99,4 +99,6 @@ def read_report(path: Path) -> NodeReport:
             measurements=Measurements(**measured, clock=clock and Clock(**clock)),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is no report of a node ({type(error).__name__}: {error}).") from error
+        raise DataError(
+            f"{path} is no report of a node ({type(error).__name__}: {error})."
+        ) from error

@@ -1,4 +1,4 @@
-"""What must be the same on all nodes of a job: versions of software, and hashes of what it reads."""
+"""What must be the same on all nodes of a job: versions of software, hashes of what it reads."""
 
 import hashlib
 import json
