@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -35,30 +36,39 @@ def burn(
 ) -> list[Burnt]:
     """Multiply square matrices on all devices at once; only the last two thirds are timed.
 
-    All at once, as in training: boards share power and cooling. `midway` is called when half of
-    the time is over and the devices are busy.
+    All at once, as in training: boards share power and cooling. `midway` is called in a thread
+    when half of the time is over and the devices are busy; what it raises is raised here.
     """
     works = [_Work(device) for device in devices]
     begin = time.perf_counter()
-    half, is_timing = midway, False
-    while (spent := time.perf_counter() - begin) < seconds:
-        if not is_timing and spent >= WARM_SHARE * seconds:
+    watching: Future[None] | None = None
+    is_timing = False
+    # beside: while the driver is asked for its state, the devices must not run out of work
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        while (spent := time.perf_counter() - begin) < seconds:
+            if not is_timing and spent >= WARM_SHARE * seconds:
+                _start_clocks(works)
+                is_timing = True
+            if midway is not None and watching is None and spent >= seconds / 2:
+                watching = beside.submit(midway)
             for work in works:
-                work.start_clock()
-            is_timing = True
-        if half is not None and spent >= seconds / 2:
-            half()
-            half = None
-        for work in works:
-            work.multiply()
-    if not is_timing:
-        # one batch took longer than all the time there was
-        for work in works:
-            work.start_clock()
-            work.multiply()
-    if half is not None:
-        half()
-    return [work.result() for work in works]
+                work.multiply()
+        if midway is not None and watching is None:
+            watching = beside.submit(midway)
+        if not is_timing:
+            # one batch took longer than there was time before the clock starts
+            _start_clocks(works)
+            for work in works:
+                work.multiply()
+        results = [work.result() for work in works]
+        if watching is not None:
+            watching.result()
+    return results
+
+
+def _start_clocks(works: "list[_Work]") -> None:
+    for work in works:
+        work.start_clock()
 
 
 class _Work:
@@ -68,10 +78,11 @@ class _Work:
         self._device = device
         self._is_gpu = device.type == "cuda"
         self._side = GPU_SIDE if self._is_gpu else CPU_SIDE
-        generator = torch.Generator().manual_seed(0)
-        shape, dtype = (self._side, self._side), torch.bfloat16 if self._is_gpu else torch.float32
+        generator = torch.Generator(device).manual_seed(0)
+        dtype = torch.bfloat16 if self._is_gpu else torch.float32
         self._a, self._b = (
-            torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2)
+            torch.randn(self._side, self._side, generator=generator, device=device, dtype=dtype)
+            for _ in range(2)
         )
         self._first = self._a @ self._b
         self._product = torch.empty_like(self._first)

@@ -1,10 +1,12 @@
 """Findings: what was looked at, what is wrong with it, what to do about it. Torch-free."""
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 from pretrain.errors import ConfigError, DataError, PretrainError
+from pretrain.secrets import redact, secret_values
 
 
 class Status(Enum):
@@ -28,12 +30,13 @@ class Finding:
 
 
 def show(findings: Iterable[Finding]) -> list[Finding]:
-    """Print findings as they come, with their remedies; all of them in the end."""
-    shown = []
+    """Print findings as they come, with their remedies, secrets masked; all of them in the end."""
+    shown, secrets = [], secret_values(os.environ)
     for finding in findings:
-        print(f"{finding.status.value:8}{finding.subject:13} {finding.detail}", flush=True)
+        text = f"{finding.status.value:8}{finding.subject:13} {finding.detail}"
         if finding.remedy:
-            print(f"{'':22}-> {finding.remedy}", flush=True)
+            text += f"\n{'':22}-> {finding.remedy}"
+        print(redact(text, secrets), flush=True)
         shown.append(finding)
     return shown
 

@@ -81,23 +81,25 @@ def check_gpus(config: DoctorConfig, measured: Measurements) -> Iterator[Finding
         return
     measured.versions["driver"] = driver.version
     yield Finding(Status.ok, "driver", driver.version)
-    yield from check_count(config, torch.cuda.device_count())
+    yield from check_count(config, visible=torch.cuda.device_count(), present=len(driver.gpus))
     if config.engine.device is not Device.cpu:
         for gpu in _ours(driver.gpus):
             yield from judge_gpu(gpu)
 
 
-def check_count(config: DoctorConfig, visible: int) -> Iterator[Finding]:
-    """The GPUs that torch sees against those that the run starts a rank on."""
+def check_count(config: DoctorConfig, *, visible: int, present: int) -> Iterator[Finding]:
+    """The GPUs that torch sees, and the driver has, against those that the run has a rank for."""
     expected = config.cluster.gpus_per_node
-    detail = f"{visible} visible, cluster.gpus_per_node={expected}"
+    detail = f"{visible} visible to torch, {present} to the driver, needed by this run: {expected}"
     is_enough = visible >= expected or config.engine.device is Device.cpu
-    # without a GPU, engine.device=auto trains on the CPU
-    is_needed = config.engine.device is Device.cuda or visible > 0
+    # engine.device=auto trains on the CPU where there is no GPU; where there is, it must not
+    is_needed = config.engine.device is Device.cuda or max(visible, present) > 0
     if is_enough or not is_needed:
         yield Finding(Status.ok, "gpus", detail)
     else:
-        remedy = "exclude the node, or set CUDA_VISIBLE_DEVICES or cluster.gpus_per_node right"
+        remedy = (
+            "exclude the node, or set CUDA_VISIBLE_DEVICES, cluster.gpus_per_node or engine.device"
+        )
         yield Finding(Status.missing, "gpus", detail, remedy)
 
 

@@ -49,6 +49,7 @@ def test_a_device_that_computes_something_else_is_seen(monkeypatch: pytest.Monke
 
 def test_a_node_that_is_slow_for_real_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """It multiplies everything eight times."""
+    monkeypatch.setattr(burning, "BATCH", 2)
     rates = [burn([CPU], 0.2)[0].tflops]
     monkeypatch.setattr(torch, "mm", lambda *a, out: [MULTIPLY(*a, out=out) for _ in range(8)])
     rates.append(burn([CPU], 0.2)[0].tflops)
@@ -64,6 +65,15 @@ def test_a_node_that_is_slow_for_real_is_named(monkeypatch: pytest.MonkeyPatch) 
     assert finding.status is Status.missing
     assert "gemm_tflops" in finding.subject
     assert not verdicts["quick"]
+
+
+def test_what_goes_wrong_midway_is_not_lost() -> None:
+    def broken() -> None:
+        raise RuntimeError("fallen off the bus")
+
+    for seconds in (1e-9, 0.05):
+        with pytest.raises(RuntimeError, match="fallen off"):
+            burn([CPU], seconds, midway=broken)
 
 
 def test_copies_have_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -137,3 +139,10 @@ def test_a_damaged_report_is_a_bad_node_and_none_at_all_an_error(tmp_path: Path)
     shutil.rmtree(tmp_path)
     with pytest.raises(DataError, match=r"doctor\.scope=node"):
         read_reports(tmp_path)
+
+
+def test_nodes_are_compared_without_torch() -> None:
+    """Whose import takes seconds, on the one node that launches the job."""
+    code = "import sys, pretrain.doctor, pretrain.preflight.compare; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,8 +1,10 @@
 """What `pretrain doctor` may be asked."""
 
+from pathlib import Path
+
 import pytest
 
-from pretrain.compose import load
+from pretrain.compose import load, write_frozen
 from pretrain.errors import ConfigError
 from pretrain.preflight.config import Scope
 
@@ -14,6 +16,15 @@ def test_the_launchers_folder_is_the_default(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("PRETRAIN_PREFLIGHT_DIR", "/shared/preflight-0")
     assert load("doctor", ["doctor.scope=node"]).doctor.folder == "/shared/preflight-0"
     assert load("doctor", ["doctor.folder=elsewhere"]).doctor.folder == "elsewhere"
+
+
+def test_a_run_that_exists_is_looked_at_as_it_was_frozen(tmp_path: Path) -> None:
+    write_frozen(load("train", ["run.seed=7"]), tmp_path)
+    overrides = [f"run.dir={tmp_path}", "doctor.scope=node", f"doctor.folder={tmp_path}/reports"]
+    config = load("doctor", overrides, resumes=True)
+    assert config.run.seed == 7
+    assert config.doctor.scope is Scope.node
+    assert config.doctor.folder == f"{tmp_path}/reports"
 
 
 @pytest.mark.parametrize(

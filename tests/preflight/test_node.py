@@ -84,10 +84,18 @@ def test_a_node_without_the_gpus_of_the_run_is_refused_by_name(workspace, tmp_pa
 def test_gpus_are_counted_against_the_cluster(config) -> None:
     config.cluster.gpus_per_node = 8
     config.engine.device = Device.cuda
-    statuses = [next(check_count(config, visible)).status for visible in (8, 7, 0)]
-    assert statuses == [Status.ok, Status.missing, Status.missing]
+
+    def status(visible: int, present: int = 8) -> Status:
+        (finding,) = check_count(config, visible=visible, present=present)
+        assert (finding.status is Status.ok) == (finding.remedy == "")
+        return finding.status
+
+    assert [status(8), status(7), status(0)] == [Status.ok, Status.missing, Status.missing]
+    # torch without CUDA would train on the CPU of a node that has GPUs
+    config.engine.device = Device.auto
+    assert [status(0), status(0, present=0)] == [Status.missing, Status.ok]
     config.engine.device = Device.cpu
-    assert next(check_count(config, 0)).status is Status.ok
+    assert status(0) is Status.ok
 
 
 def test_a_damaged_first_member_is_found_on_the_node_that_reads_it(
