@@ -66,6 +66,15 @@ def test_one_slow_gpu_among_many_is_named_by_its_number() -> None:
     assert not verdicts["n1"]
 
 
+def test_a_slow_cpu_is_told_and_keeps_nobody_out() -> None:
+    """It may be busy with something else."""
+    reports = [report(f"n{i}", gemm=(0.1 if i else 0.02,)) for i in range(4)]
+    for node in reports:
+        node.measurements.devices = ["cpu"]
+    (finding,) = judge(reports)["n0"]
+    assert finding.status is Status.warn
+
+
 def test_without_a_majority_the_first_counts() -> None:
     verdicts = judge([report("n1", code="bb"), report("n2", code="aa")])
     assert not verdicts["n1"]
