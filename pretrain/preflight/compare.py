@@ -99,7 +99,8 @@ def _comparable(measured: Measurements) -> dict[str, str]:
     """What must be equal; nothing of a node whose report is damaged."""
     table = measured.versions | measured.hashes
     if measured.devices:
-        table["devices"] = ", ".join(measured.devices)
+        counts = Counter(measured.devices)
+        table["devices"] = ", ".join(f"{count} {name}" for name, count in counts.items())
     return table
 
 

@@ -45,7 +45,7 @@ def test_equal_nodes_have_no_verdict() -> None:
         ({"torch": "2.11.0"}, "torch", "2.11.0, but 2.13.0 on 3 of 4"),
         ({"code": "bb"}, "code", "bb, but aa on 3 of 4"),
         ({"gemm": (500.0,)}, "gemm_tflops", "device 0: 500, 29 % below the median of the 3 others"),
-        ({"gemm": (700.0, 700.0)}, "devices", "H100, H100, but H100 on 3 of 4"),
+        ({"gemm": (700.0, 700.0)}, "devices", "2 H100, but 1 H100 on 3 of 4"),
     ],
 )
 def test_the_node_that_differs_is_named_and_no_other(change, subject, said) -> None:
