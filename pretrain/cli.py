@@ -30,7 +30,7 @@ COMMANDS = (
     Command("data verify", "train", "check every byte of the shards"),
     Command("data inspect", "data", "show the mixture, and one row as text"),
     Command("plan", "train", "parameters, FLOPs, memory, wait and hours; no GPU needed"),
-    Command("doctor", "train", "can this machine train, and what is missing"),
+    Command("doctor", "doctor", "can this machine (or node, or job) train, and what is missing"),
     Command("train", "train", "train, or resume the run folder"),
     Command("evaluate", "evaluate", "held-out loss at several depths"),
     Command("generate", "generate", "continue a prompt"),

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 SCHEMAS = {
     "train": tree.TrainConfig,
     "data": tree.InspectTrainConfig,
+    "doctor": tree.DoctorConfig,
     "evaluate": tree.EvaluateConfig,
     "generate": tree.GenerateConfig,
     "replay": tree.ReplayConfig,

@@ -18,6 +18,7 @@ from pretrain.loop.config import (
 from pretrain.loop.guard_config import GuardConfig
 from pretrain.model.config import DepthConfig, ModelConfig
 from pretrain.optim.config import OptimizerConfig, ScheduleConfig
+from pretrain.preflight.config import DoctorOptions
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -121,6 +122,13 @@ class InspectTrainConfig(TrainConfig):
     """A run's configuration and which of its rows to look at."""
 
     inspect: InspectConfig
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class DoctorConfig(TrainConfig):
+    """A run's configuration and how far to look before it starts."""
+
+    doctor: DoctorOptions
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

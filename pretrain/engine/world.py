@@ -37,6 +37,9 @@ class Place(NamedTuple):
     """Where rank 0 is."""
 
 
+ALONE = Place(rank=0, size=1, local_rank=0, meeting="")
+
+
 @dataclass(frozen=True, slots=True)
 class World:
     """The processes of a run, seen from one of them."""
@@ -95,13 +98,13 @@ class World:
         return values
 
 
-def join(config: EngineConfig) -> World:
-    """Find this process's rank and device, and meet the others.
+def join(config: EngineConfig, place: Place | None = None) -> World:
+    """Find this process's rank and device, and meet the others; `place`, if any, says where it is.
 
     Sets LOCAL_RANK and DS_ACCELERATOR, which DeepSpeed reads. Raises ConfigError if the
     launcher's variables are incomplete or the device asked for does not exist.
     """
-    place = find_place(os.environ)
+    place = place or find_place(os.environ)
     device = _choose_device(config.device, place.local_rank)
     os.environ["LOCAL_RANK"] = str(device.index or 0 if device.type == "cuda" else place.local_rank)
     os.environ["DS_ACCELERATOR"] = device.type
@@ -152,7 +155,7 @@ def find_place(environ: Mapping[str, str]) -> Place:
         return _place_from_torchrun(environ)
     if _is_in_srun_step(environ):
         return _place_from_slurm(environ)
-    return Place(rank=0, size=1, local_rank=0, meeting="")
+    return ALONE
 
 
 def _place_from_torchrun(environ: Mapping[str, str]) -> Place:
