@@ -169,10 +169,8 @@ def _speed_table(plan: Plan) -> Table:
         ("goodput", f"{expected.goodput:.1%} of the time in steps that count"),
         (
             "saves",
-            f"every {config.checkpoint.every_steps} steps; "
-            f"{gone.copy_s + (0 if gone.is_beside else gone.write_s):,.2f} s of waiting each, "
-            f"counts {gone.write_s:,.1f} s later; at most every {expected.best_every_steps} "
-            "is near the best",
+            f"every {config.checkpoint.every_steps} steps, {gone.wait_s:.2g} s of waiting each; "
+            f"every {expected.best_every_steps} steps would be near the best",
         ),
         ("whole run", f"{plan.hours:,.1f} hours = {days:,.1f} days"),
         ("rank hours", f"{plan.hours * cluster.ranks:,.0f}"),
@@ -198,8 +196,7 @@ def _speed_table(plan: Plan) -> Table:
 
 
 def _wall_table(plan: Plan) -> Table:
-    title = "Where the time of the run goes, expected; the first five are steps that count"
-    table = _table(title, "what", "share")
+    table = _table("Expected wall time", "what", "share")
     for cause, share in plan.estimate.wall.items():
         table.add_row(cause, f"{share:.2%}")
     return table

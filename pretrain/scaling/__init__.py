@@ -1,1 +1,1 @@
-"""How long a run takes on a cluster: a model of its wall time, and its check against measurement."""
+"""How long a run takes on a cluster: a model of its wall time, checked against measurement."""

@@ -72,13 +72,18 @@ class Interruptions:
             is_beside=is_beside,
         )
 
+    @property
+    def wait_s(self) -> float:
+        """Training waits so long at a save, unless the one before is still being written."""
+        return self.copy_s + (0.0 if self.is_beside else self.write_s)
+
     def shares(self, work_s: float) -> Shares:
         """Of wall time, where a save follows every `work_s` seconds of work."""
         if self.is_beside:
             # the next save first waits for the one before
-            stall_s, delay_s = self.copy_s + max(self.write_s - work_s, 0.0), self.write_s
+            stall_s, delay_s = self.wait_s + max(self.write_s - work_s, 0.0), self.write_s
         else:
-            stall_s, delay_s = self.copy_s + self.write_s, 0.0
+            stall_s, delay_s = self.wait_s, 0.0
         return _shares(work_s, stall_s, delay_s, mtbf_s=self.mtbf_s, recovery_s=self.recovery_s)
 
     def best_steps(self, step_s: float, *, limit: int, within: float = 1e-3) -> int:
@@ -106,12 +111,11 @@ def _shares(
     recovered_s = mtbf_s * math.expm1(min(recovery_s / mtbf_s, _NEVER))
     grown = math.exp(min((segment_s + delay_s) / mtbf_s, _NEVER))
     again_s = (grown - 1) * (mtbf_s + recovered_s)
-    fails = -math.expm1(-segment_s / mtbf_s)
-    wall_s = fails * (mtbf_s + recovered_s + again_s)
-    # failures while working: the first, and those of the attempts that follow it
-    recovering_s = fails * grown * recovered_s
+    risk = -math.expm1(-segment_s / mtbf_s)
+    wall_s = risk * (mtbf_s + recovered_s + again_s)
     useful, saving = work_s / wall_s, stall_s / wall_s
-    recovering = recovering_s / wall_s
+    # failures while working: the first, and those of the attempts that follow it
+    recovering = risk * grown * recovered_s / wall_s
     return Shares(
         useful=useful, saving=saving, lost=1 - useful - saving - recovering, recovering=recovering
     )
