@@ -174,8 +174,21 @@ def _on_unequal_gpus(config: TrainConfig, seconds: NDArray[np.float64]) -> NDArr
         return seconds
     pairs = -(-_CLUSTERS_DRAWN // (2 * len(seconds)))
     drawn = (pairs, len(seconds), ranks, 1)
-    logarithms = spread * np.random.default_rng(config.run.seed).standard_normal(drawn)
+    logarithms = spread * _normals(config.run.seed, drawn)
     # each cluster beside its mirror image: their mean slowness is never below 1
     slowness = np.exp(np.concatenate([logarithms, -logarithms]))
     unequal: NDArray[np.float64] = seconds.reshape(len(seconds), ranks, -1) * slowness
     return unequal.reshape(-1, seconds.shape[1])
+
+
+def _normals(seed: int, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """Standard normal draws from raw words, which numpy keeps stable where its normals may change.
+
+    Source: Box and Muller, Annals of Mathematical Statistics 29 (1958) 610.
+    """
+    half = -(-int(np.prod(shape)) // 2)
+    words = np.random.Philox(key=seed).random_raw(2 * half).reshape(2, half)
+    first, second = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    radius, angle = np.sqrt(-2 * np.log1p(-first)), 2 * np.pi * second
+    both = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
+    return both[: int(np.prod(shape))].reshape(shape)
