@@ -294,6 +294,7 @@ def _tiny_hardware() -> HardwareConfig:
         link_latency_s=1e-4,
         network_bytes_per_s=1e8,
         network_latency_s=1e-3,
+        collective_call_s=1e-3,
         gpu_spread=0.0,
         host_copy_bytes_per_s=1e10,
         pinned_bytes_per_s=1e10,

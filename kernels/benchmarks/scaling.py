@@ -55,6 +55,9 @@ RECORDS = {
     "2026-11-24-h200/huginn-3.5b-save.jsonl": ONE_GPU,
     "2026-11-22-h200/huginn-100m.jsonl": ["experiment=huginn-100m", "batch.global_tokens=65536"],
 }
+# Two H100s: the level of all rates is that of the same cards' run on one, nothing else is fitted.
+LEVEL = "2026-11-25-2xh100/one.jsonl"
+ON_TWO = {f"2026-11-25-2xh100/zero{stage}.jsonl": stage for stage in (1, 2, 3)}
 # of reliability.py's runs, the steps whose speed its `zero` rows give
 TIMED = range(2, 5)
 
@@ -202,11 +205,17 @@ def comparisons() -> dict[str, Comparison]:
     for name, overrides in RECORDS.items():
         config = load("train", overrides)
         found[name] = compare(config, read_steps(RESULTS / name, config))
+    one = load("train", [*ONE_GPU, RECOMPUTED])
+    level = 1 + compare(one, read_steps(RESULTS / LEVEL, one)).bias
+    for name, stage in ON_TWO.items():
+        changes = {"cluster.gpus_per_node": 2, "engine.zero_stage": stage}
+        two = what_if(one, {"cluster.gpu_flops": level * one.cluster.gpu_flops, **changes})
+        found[name] = compare(two, read_steps(RESULTS / name, two))
     return found
 
 
 def check_table(found: dict[str, Comparison]) -> str:
-    """How well one H200's steps are predicted."""
+    """How well steps of one H200 and of two H100s are predicted."""
     lines = [
         "| record | rates | steps | measured | predicted | error of the total | largest of a step "
         "| R2 |",
@@ -214,8 +223,9 @@ def check_table(found: dict[str, Comparison]) -> str:
     ]
     for name, comparison in found.items():
         measured, predicted = comparison.measured, comparison.predicted
+        rates = "the same, level of one card" if name in ON_TWO else "the same"
         lines.append(
-            f"| `{name}` | {'fitted to it' if name == FITTED else 'the same'} | {len(measured)} "
+            f"| `{name}` | {'fitted to it' if name == FITTED else rates} | {len(measured)} "
             f"| {measured.mean():.2f} s | {predicted.mean():.2f} s | {comparison.bias:+.1%} "
             f"| {np.abs(comparison.errors).max():.1%} | {comparison.explained:.3f} |"
         )
@@ -316,10 +326,11 @@ def plot(rows: list[dict[str, str]], found: dict[str, Comparison], folder: Path)
     figure = Figure(figsize=(4.2, 3.2), layout="constrained")
     axes = figure.subplots()
     for name, comparison in found.items():
-        if "3.5b" in name:
-            label = Path(name).stem + (" (fitted)" if name == FITTED else " (predicted)")
+        if "100m" not in name:
+            cards = "2 x H100, " if name in ON_TWO else ""
+            label = f"{cards}{Path(name).stem} {'fitted' if name == FITTED else 'predicted'}"
             axes.plot(comparison.measured, comparison.predicted, "o", markersize=4, label=label)
-    axes.axline((14, 14), slope=1, color="grey", linewidth=0.8)
+    axes.axline((12, 12), slope=1, color="grey", linewidth=0.8)
     axes.set_xlabel("measured seconds of a step", fontsize=8)
     axes.set_ylabel("predicted", fontsize=8)
     axes.tick_params(labelsize=7)

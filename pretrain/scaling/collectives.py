@@ -25,6 +25,8 @@ class Collectives:
     """A hop inside a host."""
     network_latency_s: float
     """A hop between hosts."""
+    call_s: float
+    """Fixed cost of a call."""
 
     @staticmethod
     def of(cluster: ClusterConfig) -> "Collectives":
@@ -39,6 +41,7 @@ class Collectives:
             bytes_per_s=rate,
             link_latency_s=hardware.link_latency_s,
             network_latency_s=hardware.network_latency_s,
+            call_s=hardware.collective_call_s,
         )
 
     @property
@@ -54,14 +57,15 @@ class Collectives:
         if self.ranks == 1:
             return 0.0
         moved = size * (self.ranks - 1) / self.ranks / self.bytes_per_s
-        return moved + pieces * self._ring_latency_s
+        return moved + pieces * (self.call_s + self._ring_latency_s)
 
     def all_reduce(self, size: float, *, pieces: int) -> float:
         """Seconds to sum `size` bytes over all ranks, in `pieces` calls."""
         if self.ranks == 1:
             return 0.0
         moved = 2 * size * (self.ranks - 1) / self.ranks / self.bytes_per_s
-        return moved + pieces * 2 * min(self._ring_latency_s, self._tree_latency_s)
+        hops_s = 2 * min(self._ring_latency_s, self._tree_latency_s)
+        return moved + pieces * (self.call_s + hops_s)
 
     @property
     def _ring_latency_s(self) -> float:

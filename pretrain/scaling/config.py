@@ -17,6 +17,7 @@ _RATES = (
 _NOT_NEGATIVE = (
     "link_latency_s",
     "network_latency_s",
+    "collective_call_s",
     "gpu_spread",
     "failures_per_gpu_hour",
     "detect_s",
@@ -34,13 +35,15 @@ class HardwareConfig:
     memory_bytes_per_s: float
     """Memory traffic of one GPU, which the optimizer's step is bound by."""
     link_bytes_per_s: float
-    """What one GPU sends to another of its host, achieved."""
+    """What one GPU sends to others of its host in a collective, achieved."""
     link_latency_s: float
     """One hop of a collective inside a host."""
     network_bytes_per_s: float
     """What one GPU sends to other hosts while all others do too, achieved."""
     network_latency_s: float
     """One hop of a collective between hosts."""
+    collective_call_s: float
+    """Fixed cost of calling a collective."""
     gpu_spread: float
     """Standard deviation of the logarithm of a GPU's slowness: 0.01 is one per cent."""
     host_copy_bytes_per_s: float

@@ -108,6 +108,7 @@ def test_the_designs_table_of_waits_in_seconds():
         ("cluster.hardware.gpu_spread", 0.03, "stragglers"),
         ("cluster.hardware.network_bytes_per_s", 1e10, "communication"),
         ("cluster.hardware.network_latency_s", 1e-3, "communication"),
+        ("cluster.hardware.collective_call_s", 1e-2, "communication"),
         ("cluster.hardware.memory_bytes_per_s", 1e11, "optimizer"),
         ("depth.sampling", Sampling.independent, "wait by depth"),
         ("engine.zero_stage", 2, "wait by depth"),
