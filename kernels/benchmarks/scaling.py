@@ -49,11 +49,12 @@ CAUSES = ("depth_wait", "straggler", "communication")
 ONE_GPU = [*HUGINN, "cluster.gpus_per_node=1", "batch.global_tokens=32768"]
 RECOMPUTED = "engine.checkpoint_activations=true"
 FITTED = "2026-11-22-h200/huginn-3.5b.jsonl"
+SMALL = "2026-11-22-h200/huginn-100m.jsonl"
 RECORDS = {
     FITTED: ONE_GPU,
     "2026-11-22-h200/huginn-3.5b-checkpointed.jsonl": [*ONE_GPU, RECOMPUTED],
     "2026-11-24-h200/huginn-3.5b-save.jsonl": ONE_GPU,
-    "2026-11-22-h200/huginn-100m.jsonl": ["experiment=huginn-100m", "batch.global_tokens=65536"],
+    SMALL: ["experiment=huginn-100m", "batch.global_tokens=65536"],
 }
 # Two H100s: the level of all rates is that of the same cards' run on one, nothing else is fitted.
 LEVEL = "2026-11-25-2xh100/one.jsonl"
@@ -223,9 +224,11 @@ def check_table(found: dict[str, Comparison]) -> str:
     ]
     for name, comparison in found.items():
         measured, predicted = comparison.measured, comparison.predicted
-        rates = "the same, level of one card" if name in ON_TWO else "the same"
+        rates = "fitted to it" if name == FITTED else "the same"
+        if name in ON_TWO or name == SMALL:
+            rates = f"the same, level {'of one card' if name in ON_TWO else 'fitted to it'}"
         lines.append(
-            f"| `{name}` | {'fitted to it' if name == FITTED else rates} | {len(measured)} "
+            f"| `{name}` | {rates} | {len(measured)} "
             f"| {measured.mean():.2f} s | {predicted.mean():.2f} s | {comparison.bias:+.1%} "
             f"| {np.abs(comparison.errors).max():.1%} | {comparison.explained:.3f} |"
         )

@@ -140,6 +140,8 @@ def read_scaled(path: Path, config: TrainConfig, *, steps: range) -> list[Scaled
 
     `config` is that of the runs on one GPU, `steps` those that were timed. The GPU's rate is taken
     from the one-GPU run in the same rows, so only waiting and communication are predicted.
+
+    Raises DataError where several GPUs of a kind were measured but not one.
     """
     with path.open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["part"] == "zero"]
@@ -149,6 +151,8 @@ def read_scaled(path: Path, config: TrainConfig, *, steps: range) -> list[Scaled
         stage = row["what"].removeprefix("ZeRO-")
         if row["unit"] != "tokens/s" or stage not in ("1", "2", "3"):
             continue
+        if row["gpu"] not in single:
+            raise DataError(f"{path}: no row 'ZeRO-1, one GPU' for {row['gpu']}.")
         one, gpus = float(single[row["gpu"]]["value"]), int(row["gpus"])
         predicted = _predict_scaled(config, one, gpus=gpus, stage=int(stage), steps=steps)
         measured = float(row["value"]) / one / gpus
