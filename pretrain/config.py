@@ -19,6 +19,7 @@ from pretrain.loop.guard_config import GuardConfig
 from pretrain.model.config import DepthConfig, ModelConfig
 from pretrain.optim.config import OptimizerConfig, ScheduleConfig
 from pretrain.preflight.config import DoctorOptions
+from pretrain.scaling.config import HardwareConfig
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -34,7 +35,9 @@ class ClusterConfig:
     gpu_flops: float
     """Sustained matrix throughput of one GPU in FLOP/s at the run's precision."""
     utilization: float
-    """Share of gpu_flops that a training step reaches, recomputation counted as work."""
+    """Share of gpu_flops that forward and backward passes with gradient reach."""
+    hardware: HardwareConfig
+    """Rates, spread and failures, for the expected wall time."""
 
     def __post_init__(self) -> None:
         for name in ("nodes", "gpus_per_node", "gpu_memory_bytes", "gpu_flops"):
