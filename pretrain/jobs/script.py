@@ -96,8 +96,9 @@ def container_script(container: ContainerConfig) -> str:
     else:
         binds = [word for mount in container.mounts for word in ("--bind", mount)]
         words = ["apptainer", "exec", "--nv", *binds, container.image]
-    text = "\n".join(f"    {shlex.quote(word)}" for word in words)
-    return f"# shellcheck shell=bash disable=SC2034\ncontainer=(\n{text}\n)\n"
+    # each in quotes, also where bash needs none: commas in an array look like a mistake
+    text = "\n".join("    '" + word.replace("'", "'\\''") + "'" for word in words)
+    return f"# shellcheck shell=bash disable=SC1003,SC2016,SC2034\ncontainer=(\n{text}\n)\n"
 
 
 def host_script(config: TrainConfig, place: Place) -> str:
@@ -201,9 +202,9 @@ def _environment(cluster: ClusterConfig, place: Place) -> list[str]:
 
 
 def _with_directives(lines: list[str]) -> str:
-    """The text; it tells shellcheck if values hold what bash would expand outside quotes."""
+    """The text; if it has quoted values, it tells shellcheck that they are meant as they are."""
     body = "\n".join(lines)
-    if re.search(r"'[^']*[$`]", body):
-        head, rest = body.split("\nset -euo pipefail\n", 1)
-        body = f"{head}\n# shellcheck disable=SC2016\nset -euo pipefail\n{rest}"
-    return body
+    if "'" not in body:
+        return body
+    directive = "# Quoted values are meant as they are.\n# shellcheck disable=SC1003,SC2016\n"
+    return body.replace("set -euo pipefail\n", f"{directive}set -euo pipefail\n", 1)
