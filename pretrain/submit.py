@@ -95,6 +95,8 @@ def main(config: SubmitConfig) -> int:
     _print_plan(job)
     if _says_finished(job):
         return EXIT_FINISHED
+    if job.options.to is Target.slurm and job.options.after is None:
+        _refuse_second_job(job.folder)
     if config.submit.dry_run:
         _print_dry_run(job)
         return EXIT_FINISHED
@@ -112,7 +114,8 @@ def main(config: SubmitConfig) -> int:
 def sweep(overrides: Sequence[str]) -> int:
     """Submit every combination of swept values and return at once; the exit code.
 
-    All runs are checked before the first is submitted. Raises ConfigError.
+    All runs are checked before the first is submitted. Those that have a job, or all their steps,
+    are left alone, so the same command goes on where sbatch refused. Raises ConfigError.
     """
     combined = combinations(overrides)
     configs = [load("submit", words, resumes=True) for words in combined]
@@ -136,8 +139,11 @@ def sweep(overrides: Sequence[str]) -> int:
         return EXIT_FINISHED
     # first, so that `sweep status` finds those that were submitted before one is refused
     write_sweep(folder, points)
+    there = queued() or []
     for job in jobs:
-        if not _says_finished(job):
+        if own := jobs_of(job.folder, there):
+            print(f"{job.folder} has a job already, {own[0].job_id}")
+        elif not _says_finished(job):
             _write(job)
             _queue(job)
     print_table(f"{len(jobs)} runs submitted", report(read_sweep(folder)))
@@ -150,6 +156,7 @@ def _prepare(config: SubmitConfig, *, code_in: Path | None) -> Job:
     """Check all that can be checked here; the snapshot goes below the run's folder or `code_in`."""
     run, options = config.run_config(), config.submit
     refuse_secrets(run)
+    run.batch.micro_steps(context=run.model.context, ranks=run.cluster.ranks)
     workdir = Path.cwd()
     folder = workdir / run.run.dir
     changes: list[str] = []
@@ -171,14 +178,13 @@ def _prepare(config: SubmitConfig, *, code_in: Path | None) -> Job:
         )
     snapshot = describe(checkout(), code_in or folder / "code")
     python = os.environ.get("PRETRAIN_PYTHON") or sys.executable
+    # a name is looked up where the job runs, a path begins here
+    python = os.path.abspath(python) if os.sep in python else python
     place = Place(code=snapshot.folder, workdir=workdir, python=python, run_dir=run.run.dir)
-    check_place(place)
-    job = Job(
+    check_place(place, options.to)
+    return Job(
         config=run, options=options, place=place, snapshot=snapshot, changes=changes, hosts=hosts
     )
-    if options.to is Target.slurm and options.after is None:
-        _refuse_second_job(folder)
-    return job
 
 
 def _refuse_second_job(folder: Path) -> None:

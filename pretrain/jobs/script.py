@@ -13,7 +13,7 @@ from pathlib import Path
 from pretrain.config import TrainConfig
 from pretrain.engine.config import Device
 from pretrain.errors import ConfigError
-from pretrain.jobs.config import ClusterConfig, ContainerConfig, ContainerKind
+from pretrain.jobs.config import ClusterConfig, ContainerConfig, ContainerKind, Target
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,8 +40,13 @@ class Place:
         return self.folder / "container.sh"
 
 
-def check_place(place: Place) -> None:
+def check_place(place: Place, target: Target) -> None:
     """Raise ConfigError for a run folder that no script or override can spell."""
+    if target is Target.slurm and (found := re.search(r"[%\\]", str(place.folder))):
+        raise ConfigError(
+            f"run.dir={place.folder} has {found[0]!r}, which SLURM reads as its own in the name of "
+            "a log; choose another run.dir or run.name."
+        )
     if not str(place.folder).isprintable() or "${" in str(place.folder):
         raise ConfigError(
             f"run.dir={str(place.folder)!r} has a control character or an unresolved ${{...}}; "
@@ -185,7 +190,7 @@ def _header(config: TrainConfig, place: Place) -> Sequence[str]:
 
 def _quoted_for_header(text: str) -> str:
     r"""As sbatch reads its own lines: in double quotes, where \ makes the next character plain."""
-    return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
+    return '"' + text.replace('"', '\\"') + '"'
 
 
 def _environment(cluster: ClusterConfig, place: Place) -> list[str]:

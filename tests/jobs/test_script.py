@@ -14,7 +14,7 @@ from pretrain.compose import load
 from pretrain.config import TrainConfig
 from pretrain.engine.config import Device
 from pretrain.errors import ConfigError
-from pretrain.jobs.config import ClusterConfig, ContainerConfig, ContainerKind
+from pretrain.jobs.config import ClusterConfig, ContainerConfig, ContainerKind, Target
 from pretrain.jobs.script import (
     Place,
     batch_script,
@@ -149,7 +149,9 @@ def test_scripts_are_clean_to_shellcheck(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
-SHOW = '#!/usr/bin/env bash\nprintf "%s\\0" "$@" "$SOME" "$PRETRAIN_WORKDIR" "$PRETRAIN_CONTAINER"\n'
+SHOW = (
+    '#!/usr/bin/env bash\nprintf "%s\\0" "$@" "$SOME" "$PRETRAIN_WORKDIR" "$PRETRAIN_CONTAINER"\n'
+)
 
 
 @pytest.mark.parametrize("value", HOSTILE)
@@ -162,7 +164,7 @@ def test_bash_gives_the_job_what_was_configured(value: str, tmp_path: Path) -> N
     container = ContainerConfig(kind=ContainerKind.apptainer, image=value, mounts=["/data"])
     config = tiny_config(cluster=cluster(environment={"SOME": f"{value}\n"}, container=container))
     where = Place(code=code, workdir=workdir, python=sys.executable, run_dir=f"runs/{value}")
-    check_place(where)
+    check_place(where, Target.host)
     script = tmp_path / "job.sbatch"
     script.write_text(batch_script(config, where))
     done = subprocess.run(["bash", script], capture_output=True, check=True, cwd=tmp_path)
@@ -199,7 +201,14 @@ def test_pyxis_takes_its_container_from_options_of_srun() -> None:
 @pytest.mark.parametrize("run_dir", ["two\nlines", "tab\there", "${run.name}"])
 def test_a_run_folder_that_cannot_be_spelled_is_refused(run_dir: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"choose another run\.dir"):
-        check_place(place(tmp_path, run_dir))
+        check_place(place(tmp_path, run_dir), Target.host)
+
+
+@pytest.mark.parametrize("run_dir", ["100%", "back\\slash"])
+def test_slurm_expands_some_characters_in_the_names_of_logs(run_dir: str, tmp_path: Path) -> None:
+    check_place(place(tmp_path, run_dir), Target.host)
+    with pytest.raises(ConfigError, match="SLURM reads as its own"):
+        check_place(place(tmp_path, run_dir), Target.slurm)
 
 
 def test_a_job_has_a_name_that_slurm_can_show() -> None:
