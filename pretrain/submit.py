@@ -11,7 +11,6 @@ array: nodes and time may be swept too, and each queues again and leaves out bad
 import logging
 import os
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -106,7 +105,8 @@ def main(config: SubmitConfig) -> int:
         return EXIT_FINISHED
     print(f"starts {job.folder}; to stop it, Ctrl-C: it saves first", flush=True)
     if job.options.to is Target.host:
-        return subprocess.run(["bash", str(job.script_path)]).returncode
+        # its signals and its exit code are the script's own
+        os.execvp("bash", ["bash", str(job.script_path)])
     (job.folder / "hosts").mkdir(exist_ok=True)
     return run_on_hosts(job.hosts, job.script_path, job.folder)
 
@@ -141,12 +141,12 @@ def sweep(overrides: Sequence[str]) -> int:
     write_sweep(folder, points)
     there = queued() or []
     for job in jobs:
-        if own := jobs_of(job.folder, there):
-            print(f"{job.folder} has a job already, {own[0].job_id}")
+        if jobs_of(job.folder, there):
+            print(f"{job.folder} has a job already")
         elif not _says_finished(job):
             _write(job)
             _queue(job)
-    print_table(f"{len(jobs)} runs submitted", report(read_sweep(folder)))
+    print_table(f"{len(jobs)} runs in {folder}", report(read_sweep(folder)))
     print(f"watch:    pretrain sweep status sweep.dir={shlex.quote(str(folder))}")
     print(f"results:  pretrain sweep collect sweep.dir={shlex.quote(str(folder))}")
     return EXIT_FINISHED

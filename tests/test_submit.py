@@ -1,15 +1,17 @@
 """`pretrain submit`: what a login node checks and writes, and a run started on this host."""
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
 from conftest import SMALL, run_cli
-from pretrain.jobs.queue import submissions
 from pretrain.loop.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,30 +136,59 @@ def test_another_run_in_the_folder_is_refused_early(
 HOSTILE = 'it\'s $HOME; `touch pwned` & "more" \\'
 
 
+def finished_steps(run_dir: Path) -> list[int]:
+    path = run_dir / "metrics.jsonl"
+    rows = read_metrics(path) if path.exists() else []
+    return [row["step"] for row in rows if "loss/nats" in row]
+
+
+def interrupt_after_steps(cwd: Path, run_dir: Path, *words: str) -> subprocess.Popen[str]:
+    """Submit, and press Ctrl-C when the run has taken two steps."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pretrain", "submit", *words],
+        cwd=cwd,
+        # so that the interpreter leaves traces beside the code that it runs
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 200
+    while len(finished_steps(run_dir)) < 2:
+        if process.poll() is not None or time.monotonic() > deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise AssertionError(process.communicate()[0])
+        time.sleep(0.1)
+    # a terminal sends it to everybody
+    os.killpg(process.pid, signal.SIGINT)
+    return process
+
+
 def test_a_run_on_this_host_trains_from_its_snapshot_and_resumes(
     workspace: Path, tmp_path: Path
 ) -> None:
+    run_dir = tmp_path / HOSTILE
     # Hydra's quotes: a single one and a backslash at the end need a backslash
     spelled = HOSTILE.replace("'", "\\'") + "\\"
-    start = ["submit.to=host", f"run.dir='{tmp_path}/{spelled}'", f"logging.tags=['{spelled}']"]
-    compiles = {"PYTHONDONTWRITEBYTECODE": ""}
-    done = run_cli(workspace, "submit", *SMALL, *start, "run.steps=2", **compiles)
-    assert done.returncode == 0, done.stdout + done.stderr
-    run_dir = tmp_path / HOSTILE
+    where = ["submit.to=host", f"run.dir='{tmp_path}/{spelled}'"]
+    begin = [*SMALL, *where, f"logging.tags=['{spelled}']", "run.steps=5000"]
+    process = interrupt_after_steps(workspace, run_dir, *begin)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 75, output
     frozen = yaml.safe_load((run_dir / "config.yaml").read_text())
     assert frozen["run"]["dir"] == str(run_dir)
     assert frozen["logging"]["tags"] == [HOSTILE]
-    (code,) = (path for path in (run_dir / "code").iterdir())
-    # the interpreter has compiled what it ran
+    (code,) = (run_dir / "code").iterdir()
     assert list(code.glob("pretrain/loop/__pycache__/steps.*.pyc"))
     assert not list(workspace.rglob("pwned"))
-    assert submissions(run_dir) == []
-    done = run_cli(workspace, "submit", start[0], start[1], "run.steps=3")
+    assert not list(tmp_path.rglob("pwned"))
+    saved = finished_steps(run_dir)[-1]
+    done = run_cli(workspace, "submit", *where, f"run.steps={saved + 2}")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "at step 2 of 3" in done.stdout
-    assert "changes run.steps=3 (was 2)" in done.stdout
-    steps = [row["step"] for row in read_metrics(run_dir / "metrics.jsonl") if "loss/nats" in row]
-    assert steps == [1, 2, 3]
-    done = run_cli(workspace, "submit", start[0], start[1])
+    assert f"at step {saved} of {saved + 2}" in done.stdout
+    assert f"changes run.steps={saved + 2} (was 5000)" in done.stdout
+    assert finished_steps(run_dir) == list(range(1, saved + 3))
+    done = run_cli(workspace, "submit", *where)
     assert done.returncode == 0
-    assert "has all its 3 steps" in done.stdout
+    assert f"has all its {saved + 2} steps" in done.stdout

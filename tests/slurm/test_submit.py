@@ -122,7 +122,7 @@ def test_a_sweep_is_submitted_at_once_watched_and_collected(
         "run.steps=3", "cluster.options=[--hold]",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 runs submitted" in done.stdout
+    assert f"4 runs in {sweep}" in done.stdout
     runs = [tmp_path / f"lr-{float(rate)}" for rate in rates]
     job_ids = [submissions(run)[0].job_id for run in runs]
     assert "4 queued" in pretrain("sweep", "status", f"sweep.dir={sweep}").stdout
