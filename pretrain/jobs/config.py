@@ -11,6 +11,8 @@ from pretrain.errors import ConfigError
 _PLAIN = re.compile(r"[\w.,:/@+%=&|*()\[\]-]+")
 _VARIABLE = re.compile(r"[A-Za-z_]\w*")
 _MINUTES = re.compile(r"\d+")
+# YAML reads 1:00:00 as sixties of sixties: this number, and every longer time as a larger one.
+_CLOCK_WITHOUT_QUOTES = 3600
 _CLOCK = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+):(?P<minutes>\d\d):(?P<seconds>\d\d)")
 
 
@@ -145,6 +147,12 @@ class ClusterConfig:
     def time_s(self) -> int:
         """Longest life of a job in seconds. Raises ConfigError if `time` cannot be read."""
         if _MINUTES.fullmatch(self.time):
+            if int(self.time) >= _CLOCK_WITHOUT_QUOTES:
+                raise ConfigError(
+                    f"cluster.time={self.time} would be {int(self.time) / 60:g} hours. YAML makes "
+                    "such a number of 12:00:00 without quotes; quote it, or write long times as "
+                    "D-HH:MM:SS."
+                )
             return 60 * int(self.time)
         clock = _CLOCK.fullmatch(self.time)
         if clock is None:

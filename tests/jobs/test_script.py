@@ -51,8 +51,9 @@ HOSTILE = [
 
 
 def cluster(**changes: Any) -> ClusterConfig:
-    values = {"nodes": 2, "gpus_per_node": 4, "gpu_memory_bytes": 1 << 34, "gpu_flops": 1e12}
-    return ClusterConfig(**(values | {"utilization": 0.5} | changes))
+    return dataclasses.replace(
+        tiny_config().cluster, **({"nodes": 2, "gpus_per_node": 4} | changes)
+    )
 
 
 def place(tmp_path: Path, run_dir: str = "out/runs/one") -> Place:
@@ -221,6 +222,8 @@ def test_a_job_has_a_name_that_slurm_can_show() -> None:
     ("changes", "said"),
     [
         ({"time": "24:00"}, "HH:MM:SS"),
+        # what YAML makes of 12:00:00
+        ({"time": "43200"}, "quote it"),
         ({"time": "5", "grace_s": 300}, "is not below"),
         ({"partition": "a\n#SBATCH --nodes=9"}, r"cluster\.partition"),
         ({"account": "a b"}, r"cluster\.account"),
