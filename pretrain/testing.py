@@ -20,10 +20,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pretrain.config import ClusterConfig, TrainConfig
+from pretrain.config import TrainConfig
 from pretrain.data.config import Corpus, DataConfig, TokenizerConfig
 from pretrain.engine.config import CheckpointConfig, Device, EngineConfig, Precision
 from pretrain.engine.world import FIRST_PORT, NUM_PORTS, exit_now, join
+from pretrain.jobs.config import ClusterConfig
 from pretrain.loop.config import (
     BatchConfig,
     LoggingConfig,

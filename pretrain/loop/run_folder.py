@@ -13,6 +13,9 @@ evaluation/           what `pretrain evaluate` found
 replay/               what `pretrain replay` found
 wandb/                W&B's files
 lock.json             who is writing here now; lock.last: the token of who did last
+code/                 copies of the code that `pretrain submit` made, and jobs run from
+job.sbatch, job.sh    the script that it made; container.sh, hosts/: what goes with it
+submit.json           the jobs that it submitted
 requeue.json          left by a life that was told to stop: job, restart, step
 """
 
