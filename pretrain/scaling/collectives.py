@@ -8,7 +8,7 @@ instead run over a tree between hosts, whose latency grows with the logarithm of
 import math
 from dataclasses import dataclass
 
-from pretrain.config import ClusterConfig
+from pretrain.jobs.config import ClusterConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
