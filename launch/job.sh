@@ -62,9 +62,13 @@ requeue() {
     scontrol requeue "$job"
 }
 
-excluded_nodes() {
-    scontrol show job "$job" | sed -nE 's/.*ExcNodeList=([^ ]*).*/\1/p' | sed 's/^(null)$//'
+# What the controller says about this job: `shown ExcNodeList`.
+shown() {
+    scontrol show job "$job" | sed -nE "s/.*\\b$1=([^ ]*).*/\1/p" | head -n 1 | sed 's/^(null)$//'
 }
+
+# On a node that was lost this script may go on after its job has begun another life elsewhere.
+is_current() { [[ $(shown JobState) == RUNNING && $(shown Restarts) == "$restart" ]]; }
 
 # Every node checks itself and leaves a file; who leaves none hangs, or cannot start a process.
 preflight() {
@@ -90,7 +94,15 @@ preflight() {
         fail "$((code ? code : 70))" "no node left a result in $PRETRAIN_PREFLIGHT_DIR: the" \
             "preflight itself failed (code $code), not the nodes; see its logs there, or set" \
             "PRETRAIN_PREFLIGHT=0."
+    obey
     exclude "${bad[@]}"
+}
+
+# Cancelled, preempted, requeued by somebody, or the node was lost: SLURM has decided already.
+obey() {
+    if [[ -n $is_told_to_end ]] || ! is_current; then
+        fail 143 "SLURM has ended this life"
+    fi
 }
 
 exclude() {
@@ -101,7 +113,7 @@ exclude() {
         fail 1 "$names would have to be left out, but $done_before times is enough" \
             "(PRETRAIN_MAX_RESUBMITS=$max_resubmits)."
     local old
-    old=$(excluded_nodes)
+    old=$(shown ExcNodeList)
     say "queues again without $names${old:+ and $old}"
     echo "$names" >> "$logs/excluded"
     requeue
@@ -165,6 +177,7 @@ go_on() {
 decide() {
     local code=$1 file
     ((code != 0)) || fail 0 "finished"
+    obey
     if file=$(grep -ls '"is_final": true' "$PRETRAIN_EXIT_FOLDER"/*.json | head -n 1) &&
         [[ -n $file ]]; then
         fail "$(number "$file" code)" "rank $(basename "$file" .json) ended with" \
@@ -186,13 +199,12 @@ check_allocation "$@"
 mkdir -p "$logs"
 # srun does not inherit it since SLURM 22.05.
 [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
-# Cancelled, preempted, or its node was lost: SLURM has decided already.
 is_told_to_end=
 trap 'is_told_to_end=1' TERM
 if [[ ${PRETRAIN_PREFLIGHT:-1} != 0 ]]; then
     preflight "$@"
+    [[ -z $is_told_to_end ]] || obey
 fi
 code=0
 start_ranks "$@" || code=$?
-[[ -z $is_told_to_end ]] || fail 143 "was told to end by SLURM (srun says $code)"
 decide "$code"

@@ -100,11 +100,6 @@ def test_processes_do_not_change_the_bytes(config, tokenizer_folder, tmp_path):
     assert not any(name.startswith(".build") for name in first)
 
 
-def files_below(folder) -> dict[str, bytes]:
-    paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
-
-
 def test_jobs_that_share_the_tokenizing_do_not_change_the_bytes(
     config, corpus, tokenizer_folder, tmp_path, caplog
 ):
@@ -118,7 +113,7 @@ def test_jobs_that_share_the_tokenizing_do_not_change_the_bytes(
     with caplog.at_level(logging.INFO):
         build(make_config(corpus, there), tokenizer_folder)
     assert "9 of 9 parts were tokenized before" in caplog.text
-    assert files_below(there) == files_below(config.shards)
+    assert tree(there) == tree(config.shards)
 
 
 def test_what_a_missing_job_would_have_made_is_made_at_the_end(
@@ -128,7 +123,7 @@ def test_what_a_missing_job_would_have_made_is_made_at_the_end(
     there = tmp_path / "shared"
     build_share(make_config(corpus, there, build_tasks=2, build_task=1), tokenizer_folder)
     build(make_config(corpus, there), tokenizer_folder)
-    assert files_below(there) == files_below(config.shards)
+    assert tree(there) == tree(config.shards)
 
 
 def test_jobs_share_a_folder_with_each_other_and_with_nobody_else(config, corpus, tokenizer_folder):

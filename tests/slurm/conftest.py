@@ -1,4 +1,4 @@
-"""A private SLURM: one controller and two node daemons on this host, in a folder of their own.
+"""A private SLURM: one controller and four node daemons on this host, in a folder of their own.
 
 Daemons run in the foreground as children of pytest and end with it. It needs root, because
 slurmd starts tasks in the name of users; nothing outside the folder is touched.
@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,9 +18,11 @@ from pathlib import Path
 
 import pytest
 
+from conftest import write_text
+
 ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("munged", "mungekey", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
-NODES = ("node1", "node2")
+NODES = ("node1", "node2", "node3", "node4")
 
 CONFIGURATION = """
 ClusterName=test
@@ -52,10 +55,9 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
-# The host may have fewer CPUs than its two nodes declare.
+# The host may have fewer CPUs than its nodes declare.
 SlurmdParameters=config_overrides
-NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=8 RealMemory=4000
-NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=8 RealMemory=4000
+{nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -66,6 +68,7 @@ class Slurm:
 
     folder: Path
     daemons: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    nodes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -78,12 +81,46 @@ class Slurm:
             "OMP_NUM_THREADS": "1",
         }
 
-    def start(self, *command: str) -> None:
+    def start(self, *command: str) -> subprocess.Popen[bytes]:
         """Starts a daemon in the foreground, with its output in the folder."""
         with (self.folder / "daemons.log").open("ab") as log:
-            self.daemons.append(
-                subprocess.Popen(command, stdout=log, stderr=log, env=self.environment)
-            )
+            daemon = subprocess.Popen(command, stdout=log, stderr=log, env=self.environment)
+        self.daemons.append(daemon)
+        return daemon
+
+    def start_node(self, node: str) -> None:
+        """Starts the daemon of a node."""
+        self.nodes[node] = self.start(program("slurmd"), "-D", "-N", node)
+
+    def lose_node(self, node: str) -> None:
+        """Kills the daemon of a node; what it has started goes on, and nobody can reach it."""
+        daemon = self.nodes.pop(node)
+        daemon.kill()
+        daemon.wait()
+        self.daemons.remove(daemon)
+
+    def idle_nodes(self) -> list[str]:
+        """Nodes that jobs may use and none does."""
+        words = ["sinfo", "--noheader", "--Node", "--states=idle", "--format=%N"]
+        shown = subprocess.run(words, env=self.environment, capture_output=True, text=True)
+        return shown.stdout.split()
+
+    def pids(self, job_id: str, rank: int) -> list[int]:
+        """Processes of a rank of a job's train step, its readers included."""
+        wanted = {f"SLURM_JOB_ID={job_id}".encode(), f"SLURM_PROCID={rank}".encode()}
+        found = []
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit() or int(entry.name) == os.getpid():
+                continue
+            try:
+                environment = set((entry / "environ").read_bytes().split(b"\0"))
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            is_step = not {b"SLURM_STEP_ID=4294967291"} & environment
+            if wanted <= environment and is_step and words[1:4] == [b"-m", b"pretrain", b"train"]:
+                found.append(int(entry.name))
+        return sorted(found)
 
     def command(self, *words: str, cwd: Path = ROOT) -> str:
         """Output of one client command, which must succeed."""
@@ -147,15 +184,54 @@ def slurm() -> Iterator[Slurm]:
         shutil.rmtree(folder)
 
 
+@dataclass
+class Project:
+    """A folder that jobs are submitted from: the scripts, and outputs of its own."""
+
+    folder: Path
+
+    def log(self, job_id: str) -> str:
+        """Everything that the job and its ranks have written."""
+        files = sorted((self.folder / "slurm/logs").glob(f"*-{job_id}.log"))
+        files += sorted((self.folder / "slurm/logs").glob(f"*-{job_id}/**/*"))
+        return "\n".join(f"[{path.name}]\n{path.read_text()}" for path in files if path.is_file())
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory):
+    """The scripts as a user has them, and raw text."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("launch", "slurm"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.log"))
+    write_text(folder / "text")
+    return Project(folder)
+
+
+@pytest.fixture(scope="session")
+def submit(slurm, project):
+    """Submits a script of the project; nodes run this interpreter and this code."""
+    os.environ["PRETRAIN_PYTHON"] = sys.executable
+    os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
+    yield lambda *words: slurm.submit(*words, cwd=project.folder)
+    del os.environ["PRETRAIN_PYTHON"], os.environ["PYTHONPATH"]
+
+
 def start_daemons(cluster: Slurm) -> None:
     folder = cluster.folder
     for name in ("state", *(f"spool-{node}" for node in NODES)):
         (folder / name).mkdir()
+    host = socket.gethostname().split(".")[0]
+    ports = free_ports(1 + len(NODES))
     content = CONFIGURATION.format(
-        host=socket.gethostname().split(".")[0],
+        host=host,
         user="root",
         folder=folder,
-        ports=free_ports(1 + len(NODES)),
+        ports=ports,
+        nodes="\n".join(
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=8 "
+            "RealMemory=4000"
+            for node, port in zip(NODES, ports[1:], strict=True)
+        ),
     )
     (folder / "slurm.conf").write_text(content)
     subprocess.run([program("mungekey"), "--create", f"--keyfile={folder}/munge.key"], check=True)
@@ -172,18 +248,8 @@ def start_daemons(cluster: Slurm) -> None:
     wait_until(lambda: (folder / "munge.socket").exists(), cluster)
     cluster.start(program("slurmctld"), "-D", "-c")
     for node in NODES:
-        cluster.start(program("slurmd"), "-D", "-N", node)
-    wait_until(lambda: idle_nodes(cluster) == list(NODES), cluster)
-
-
-def idle_nodes(cluster: Slurm) -> list[str]:
-    shown = subprocess.run(
-        ["sinfo", "--noheader", "--Node", "--states=idle", "--format=%N"],
-        env=cluster.environment,
-        capture_output=True,
-        text=True,
-    )
-    return shown.stdout.split()
+        cluster.start_node(node)
+    wait_until(lambda: cluster.idle_nodes() == list(NODES), cluster)
 
 
 def wait_until(is_true, cluster: Slurm, timeout_s: float = 30) -> None:

@@ -1,17 +1,13 @@
 """The scripts in slurm/ on a real, private SLURM of two nodes, with the real program."""
 
 import json
-import os
-import shutil
-import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 
-from conftest import SMALL, write_text
+from conftest import SMALL
 from pretrain.loop.metrics import read_metrics
 
 pytestmark = pytest.mark.slurm
@@ -19,38 +15,6 @@ pytestmark = pytest.mark.slurm
 ROOT = Path(__file__).resolve().parents[2]
 CPU_NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1")
 FINISHED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
-
-
-@dataclass
-class Project:
-    """A folder that jobs are submitted from: the scripts, and outputs of its own."""
-
-    folder: Path
-
-    def log(self, job_id: str) -> str:
-        """Everything that the job and its ranks have written."""
-        files = sorted((self.folder / "slurm/logs").glob(f"*-{job_id}.log"))
-        files += sorted((self.folder / "slurm/logs").glob(f"*-{job_id}/*"))
-        return "\n".join(f"[{path.name}]\n{path.read_text()}" for path in files)
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    """The scripts as a user has them, and raw text."""
-    folder = tmp_path_factory.mktemp("project")
-    for name in ("launch", "slurm"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.log"))
-    write_text(folder / "text")
-    return Project(folder)
-
-
-@pytest.fixture(scope="module")
-def submit(slurm, project):
-    """Submits a script of the project; nodes run this interpreter and this code."""
-    os.environ["PRETRAIN_PYTHON"] = sys.executable
-    os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
-    yield lambda *words: slurm.submit(*words, cwd=project.folder)
-    del os.environ["PRETRAIN_PYTHON"], os.environ["PYTHONPATH"]
 
 
 @pytest.fixture(scope="module")
@@ -130,34 +94,6 @@ def test_a_mistake_in_the_arguments_fails_the_job_and_is_named(slurm, project, s
     job = slurm.wait(job_id, *FINISHED, timeout_s=60)
     assert job["JobState"] == "FAILED"
     assert "widht" in project.log(job_id)
-
-
-def test_a_job_outside_the_project_says_where_to_submit(slurm, project, submit, tmp_path):
-    (tmp_path / "slurm/logs").mkdir(parents=True)
-    script = project.folder / "slurm/train.sbatch"
-    job_id = slurm.submit(*CPU_NODES, str(script), cwd=tmp_path)
-    assert slurm.wait(job_id, *FINISHED)["ExitCode"] == "64:0"
-    (log,) = (tmp_path / "slurm/logs").glob("*.log")
-    assert "submit from the project's root" in log.read_text()
-
-
-STANDSTILL = """#!/bin/sh
-# Instead of training: a life that is always told to stop at step 7.
-cat > "$PRETRAIN_REQUEUE_RECORD" <<END
-{"job_id": "$SLURM_JOB_ID", "restart_count": ${SLURM_RESTART_COUNT:-0}, "step": 7}
-END
-exit 75
-"""
-
-
-def test_two_lives_that_save_the_same_step_end_the_job(slurm, project, submit, tmp_path):
-    program = tmp_path / "standstill"
-    program.write_text(STANDSTILL)
-    program.chmod(0o755)
-    job_id = submit(*CPU_NODES, f"--export=ALL,PRETRAIN_PYTHON={program}", "slurm/train.sbatch")
-    job = slurm.wait(job_id, *FINISHED, timeout_s=60)
-    assert (job["ExitCode"], job["Restarts"]) == ("75:0", "1")
-    assert "no progress" in project.log(job_id)
 
 
 def wait_for_steps(run_dir, steps, describe, timeout_s=90):
