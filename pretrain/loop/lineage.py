@@ -67,7 +67,7 @@ class Lineage:
         self.reason = UNKNOWN
 
     def __enter__(self) -> "Lineage":
-        nodes = self._world.gather_objects(node_name())
+        nodes = list(dict.fromkeys(self._world.gather_objects(node_name())))
         if not self._world.is_main:
             return self
         self._number = len(read_lives(self._run_dir)) + 1
@@ -78,10 +78,17 @@ class Lineage:
                 "time_s": time.time(),
                 "job_id": os.environ.get("SLURM_JOB_ID", ""),
                 "restart_count": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-                "nodes": list(dict.fromkeys(nodes)),
+                "nodes": nodes,
                 "ranks": self._world.size,
                 "first_step": self.first_step,
             }
+        )
+        log.info(
+            "life %d begins at step %d: %d ranks on %s",
+            self._number,
+            self.first_step,
+            self._world.size,
+            ", ".join(nodes),
         )
         return self
 

@@ -1,164 +1,48 @@
-"""A private SLURM: one controller and four node daemons on this host, in a folder of their own.
+"""A private SLURM, a project folder that jobs are submitted from, and what recoveries took.
 
-Daemons run in the foreground as children of pytest and end with it. It needs root, because
-slurmd starts tasks in the name of users; nothing outside the folder is touched.
+With PRETRAIN_SLURM_TESTS=required a test that cannot run fails.
 """
 
+import json
 import os
 import shutil
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-
-from conftest import write_text
+from private_slurm import NEEDED, Slurm, find_program, start_daemons
+from watching import Project
 
 ROOT = Path(__file__).resolve().parents[2]
-NEEDED = ("munged", "mungekey", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
-NODES = ("node1", "node2", "node3", "node4")
-
-CONFIGURATION = """
-ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
-SlurmUser={user}
-SlurmdUser={user}
-AuthType=auth/munge
-CryptoType=crypto/munge
-# By default a job that queues again waits for 120 s, the life of its credential.
-AuthInfo=socket={folder}/munge.socket,cred_expire=5
-MpiDefault=none
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU
-SchedulerType=sched/backfill
-SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0,requeue_delay=0
-ReturnToService=2
-SlurmctldTimeout=10
-SlurmdTimeout=10
-KillWait=5
-MessageTimeout=10
-JobRequeue=1
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool-%n
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd-%n.pid
-SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd-%n.log
-# The host may have fewer CPUs than its nodes declare.
-SlurmdParameters=config_overrides
-{nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
-"""
+IS_REQUIRED = os.environ.get("PRETRAIN_SLURM_TESTS") == "required"
+RECOVERIES = pytest.StashKey[dict[str, float]]()
 
 
-@dataclass
-class Slurm:
-    """The running daemons and how to speak to them."""
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[RECOVERIES] = {}
 
-    folder: Path
-    daemons: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    nodes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
-    @property
-    def environment(self) -> dict[str, str]:
-        """Where clients find the controller; the nodes have no names that resolve."""
-        clean = {key: value for key, value in os.environ.items() if "SLURM" not in key}
-        return {
-            **clean,
-            "SLURM_CONF": str(self.folder / "slurm.conf"),
-            "MASTER_ADDR": "127.0.0.1",
-            "OMP_NUM_THREADS": "1",
-        }
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    if found := config.stash.get(RECOVERIES, {}):
+        terminalreporter.section("from the fault to the first step of the next life, in seconds")
+        terminalreporter.write_line(json.dumps(found, indent=1))
 
-    def start(self, *command: str) -> subprocess.Popen[bytes]:
-        """Starts a daemon in the foreground, with its output in the folder."""
-        with (self.folder / "daemons.log").open("ab") as log:
-            daemon = subprocess.Popen(command, stdout=log, stderr=log, env=self.environment)
-        self.daemons.append(daemon)
-        return daemon
 
-    def start_node(self, node: str) -> None:
-        """Starts the daemon of a node."""
-        self.nodes[node] = self.start(program("slurmd"), "-D", "-N", node)
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    report = yield
+    if IS_REQUIRED and report.skipped and item.get_closest_marker("slurm"):
+        report.outcome = "failed"
+        report.longrepr = f"SLURM tests are required here, but this one was skipped: {call.excinfo}"
+    return report
 
-    def lose_node(self, node: str) -> None:
-        """Kills the daemon of a node; what it has started goes on, and nobody can reach it."""
-        daemon = self.nodes.pop(node)
-        daemon.kill()
-        daemon.wait()
-        self.daemons.remove(daemon)
 
-    def idle_nodes(self) -> list[str]:
-        """Nodes that jobs may use and none does."""
-        words = ["sinfo", "--noheader", "--Node", "--states=idle", "--format=%N"]
-        shown = subprocess.run(words, env=self.environment, capture_output=True, text=True)
-        return shown.stdout.split()
-
-    def pids(self, job_id: str, rank: int) -> list[int]:
-        """Processes of a rank of a job's train step, its readers included."""
-        wanted = {f"SLURM_JOB_ID={job_id}".encode(), f"SLURM_PROCID={rank}".encode()}
-        found = []
-        for entry in Path("/proc").iterdir():
-            if not entry.name.isdigit() or int(entry.name) == os.getpid():
-                continue
-            try:
-                environment = set((entry / "environ").read_bytes().split(b"\0"))
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            is_step = not {b"SLURM_STEP_ID=4294967291"} & environment
-            if wanted <= environment and is_step and words[1:4] == [b"-m", b"pretrain", b"train"]:
-                found.append(int(entry.name))
-        return sorted(found)
-
-    def command(self, *words: str, cwd: Path = ROOT) -> str:
-        """Output of one client command, which must succeed."""
-        done = subprocess.run(words, cwd=cwd, env=self.environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
-        return done.stdout.strip()
-
-    def submit(self, *words: str, cwd: Path = ROOT) -> str:
-        """Queues a job; returns its id."""
-        return self.command("sbatch", "--parsable", *words, cwd=cwd)
-
-    def job(self, job_id: str) -> dict[str, str]:
-        """What the controller knows about a job."""
-        shown = self.command("scontrol", "show", "job", "--oneliner", job_id)
-        return dict(word.split("=", 1) for word in shown.split() if "=" in word)
-
-    def wait(self, job_id: str, *states: str, timeout_s: float = 60) -> dict[str, str]:
-        """Waits until the job is in one of the states; returns what is known about it."""
-        deadline = time.monotonic() + timeout_s
-        while (job := self.job(job_id))["JobState"] not in states:
-            assert time.monotonic() < deadline, f"job {job_id} is {job['JobState']}: {job}"
-            time.sleep(0.1)
-        return job
-
-    def stop(self) -> None:
-        """Ends jobs first, because their tasks are no children of ours; then the daemons."""
-        subprocess.run(["scancel", "--user", str(os.getuid())], env=self.environment)
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline and self.command("squeue", "--noheader"):
-            time.sleep(0.1)
-        for daemon in reversed(self.daemons):
-            daemon.send_signal(signal.SIGTERM)
-        for daemon in reversed(self.daemons):
-            try:
-                daemon.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-                daemon.wait()
+@pytest.fixture(scope="session")
+def recoveries(pytestconfig: pytest.Config) -> dict[str, float]:
+    """Seconds from a fault to the first step of the next life, by what was done."""
+    return pytestconfig.stash[RECOVERIES]
 
 
 @pytest.fixture(scope="session")
@@ -184,99 +68,29 @@ def slurm() -> Iterator[Slurm]:
         shutil.rmtree(folder)
 
 
-@dataclass
-class Project:
-    """A folder that jobs are submitted from: the scripts, and outputs of its own."""
-
-    folder: Path
-
-    def log(self, job_id: str) -> str:
-        """Everything that the job and its ranks have written."""
-        files = sorted((self.folder / "slurm/logs").glob(f"*-{job_id}.log"))
-        files += sorted((self.folder / "slurm/logs").glob(f"*-{job_id}/**/*"))
-        return "\n".join(f"[{path.name}]\n{path.read_text()}" for path in files if path.is_file())
-
-
 @pytest.fixture(scope="session")
-def project(tmp_path_factory):
-    """The scripts as a user has them, and raw text."""
+def project(tmp_path_factory, workspace):
+    """The scripts as a user has them, raw text, tokenizer and shards."""
     folder = tmp_path_factory.mktemp("project")
     for name in ("launch", "slurm"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.log"))
-    write_text(folder / "text")
+    shutil.copytree(workspace, folder, dirs_exist_ok=True)
+    shutil.rmtree(folder / "out/runs", ignore_errors=True)
     return Project(folder)
 
 
 @pytest.fixture(scope="session")
 def submit(slurm, project):
-    """Submits a script of the project; nodes run this interpreter and this code."""
-    os.environ["PRETRAIN_PYTHON"] = sys.executable
-    os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
-    yield lambda *words: slurm.submit(*words, cwd=project.folder)
-    del os.environ["PRETRAIN_PYTHON"], os.environ["PYTHONPATH"]
+    """Submits a script of the project; nodes run this interpreter and this code.
 
-
-def start_daemons(cluster: Slurm) -> None:
-    folder = cluster.folder
-    for name in ("state", *(f"spool-{node}" for node in NODES)):
-        (folder / name).mkdir()
-    host = socket.gethostname().split(".")[0]
-    ports = free_ports(1 + len(NODES))
-    content = CONFIGURATION.format(
-        host=host,
-        user="root",
-        folder=folder,
-        ports=ports,
-        nodes="\n".join(
-            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=8 "
-            "RealMemory=4000"
-            for node, port in zip(NODES, ports[1:], strict=True)
-        ),
-    )
-    (folder / "slurm.conf").write_text(content)
-    subprocess.run([program("mungekey"), "--create", f"--keyfile={folder}/munge.key"], check=True)
-    cluster.start(
-        program("munged"),
-        "--foreground",
-        "--force",
-        f"--key-file={folder}/munge.key",
-        f"--socket={folder}/munge.socket",
-        f"--pid-file={folder}/munge.pid",
-        f"--log-file={folder}/munge.log",
-        f"--seed-file={folder}/munge.seed",
-    )
-    wait_until(lambda: (folder / "munge.socket").exists(), cluster)
-    cluster.start(program("slurmctld"), "-D", "-c")
-    for node in NODES:
-        cluster.start_node(node)
-    wait_until(lambda: cluster.idle_nodes() == list(NODES), cluster)
-
-
-def wait_until(is_true, cluster: Slurm, timeout_s: float = 30) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not is_true():
-        logs = "".join(
-            f"\n{path.name}:\n{path.read_text()[-2000:]}"
-            for path in sorted(cluster.folder.glob("*.log"))
-        )
-        assert time.monotonic() < deadline, f"the private SLURM does not start:{logs}"
-        time.sleep(0.1)
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [server.getsockname()[1] for server in sockets]
-    for server in sockets:
-        server.close()
-    return ports
-
-
-def find_program(name: str) -> str | None:
-    """Daemons are often outside a user's PATH."""
-    return shutil.which(name) or shutil.which(name, path="/usr/local/sbin:/usr/sbin:/sbin")
-
-
-def program(name: str) -> str:
-    path = find_program(name)
-    assert path is not None
-    return path
+    Without the preflight, which has tests of its own.
+    """
+    added = {
+        "PRETRAIN_PYTHON": sys.executable,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+        "PRETRAIN_PREFLIGHT": "0",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in added.items():
+            patch.setenv(name, value)
+        yield lambda *words: slurm.submit(*words, cwd=project.folder)
