@@ -6,16 +6,19 @@ With PRETRAIN_SLURM_TESTS=required a test that cannot run fails.
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from network import two_hosts
 from private_slurm import NEEDED, Slurm, find_program, start_daemons
-from watching import Project
+from watching import ROOT, Project, Watched, job_environment
 
-ROOT = Path(__file__).resolve().parents[2]
+from conftest import SMALL
+
 IS_REQUIRED = os.environ.get("PRETRAIN_SLURM_TESTS") == "required"
 RECOVERIES = pytest.StashKey[dict[str, float]]()
 
@@ -46,20 +49,38 @@ def recoveries(pytestconfig: pytest.Config) -> dict[str, float]:
 
 
 @pytest.fixture(scope="session")
+def separate_slurm() -> Iterator[Slurm]:
+    """A SLURM of two nodes with addresses of their own, and names that resolve only there."""
+    check_slurm()
+    with two_hosts() as places, running(**places) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
 def slurm() -> Iterator[Slurm]:
-    """A SLURM of two idle nodes."""
+    """A SLURM of idle nodes that share this host's address."""
+    check_slurm()
+    with running() as cluster:
+        yield cluster
+
+
+def check_slurm() -> None:
+    """Skips where no SLURM can be started."""
     missing = [name for name in NEEDED if not find_program(name)]
     reason = f"not found: {', '.join(missing)}" if missing else ""
     if not missing and os.getuid() != 0:
         reason = "slurmd needs root to start tasks"
     if reason:
-        if os.environ.get("PRETRAIN_SLURM_TESTS") == "required":
-            pytest.fail(f"SLURM tests are required here, but {reason}")
         pytest.skip(f"{reason}; on Debian: apt-get install slurm-wlm munge")
+
+
+@contextmanager
+def running(**places: Any) -> Iterator[Slurm]:
+    """A SLURM that ends with the block, in a folder that goes with it."""
     # A socket's path has at most 107 characters, so not below pytest's folder.
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     folder.chmod(0o755)
-    cluster = Slurm(folder)
+    cluster = Slurm(folder, **places)
     try:
         start_daemons(cluster)
         yield cluster
@@ -81,16 +102,23 @@ def project(tmp_path_factory, workspace):
 
 @pytest.fixture(scope="session")
 def submit(slurm, project):
-    """Submits a script of the project; nodes run this interpreter and this code.
-
-    Without the preflight, which has tests of its own.
-    """
-    added = {
-        "PRETRAIN_PYTHON": sys.executable,
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
-        "PRETRAIN_PREFLIGHT": "0",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in added.items():
-            patch.setenv(name, value)
+    """Submits a script of the project."""
+    with job_environment():
         yield lambda *words: slurm.submit(*words, cwd=project.folder)
+
+
+@pytest.fixture(scope="session")
+def timed_job(slurm, project, submit) -> Watched:
+    """A job of two minutes that pauses at its first step until SLURM says that time is up.
+
+    Whoever has something else to do meanwhile asks for it early.
+    """
+    run_dir = project.folder / "out/runs/timed"
+    (run_dir / "control").mkdir(parents=True)
+    (run_dir / "control/pause").touch()
+    job_id = submit(
+        "--time=2", "--signal=USR1@60", "--nodelist=node4", "--ntasks-per-node=1",
+        "--gpus-per-node=0", "--cpus-per-task=1", "slurm/train.sbatch", *SMALL,
+        f"run.dir={run_dir}",
+    )  # fmt: skip
+    return Watched(run_dir, project, job_id, slurm)

@@ -19,7 +19,7 @@ NODES = ("node1", "node2", "node3", "node4")
 
 CONFIGURATION = """
 ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({controller})
 SlurmctldPort={ports[0]}
 SlurmUser={user}
 SlurmdUser={user}
@@ -62,17 +62,21 @@ class Slurm:
     folder: Path
     daemons: list[subprocess.Popen[bytes]] = field(default_factory=list)
     nodes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    addresses: dict[str, str] = field(default_factory=lambda: dict.fromkeys(NODES, "127.0.0.1"))
+    """Of every node."""
+    controller: str = "127.0.0.1"
+    """Address of the controller."""
+    inside: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Words that put a command on a node with an address of its own."""
 
     @property
     def environment(self) -> dict[str, str]:
-        """Where clients find the controller; the nodes have no names that resolve."""
+        """Where clients find the controller; nodes on loopback have no names that resolve."""
         clean = {key: value for key, value in os.environ.items() if "SLURM" not in key}
-        return {
-            **clean,
-            "SLURM_CONF": str(self.folder / "slurm.conf"),
-            "MASTER_ADDR": "127.0.0.1",
-            "OMP_NUM_THREADS": "1",
-        }
+        added = {"SLURM_CONF": str(self.folder / "slurm.conf"), "OMP_NUM_THREADS": "1"}
+        if not self.inside:
+            added["MASTER_ADDR"] = "127.0.0.1"
+        return clean | added
 
     def start(self, *command: str) -> subprocess.Popen[bytes]:
         """Starts a daemon in the foreground, with its output in the folder."""
@@ -83,7 +87,9 @@ class Slurm:
 
     def start_node(self, node: str) -> None:
         """Starts the daemon of a node."""
-        self.nodes[node] = self.start(program("slurmd"), "-D", "-N", node)
+        self.nodes[node] = self.start(
+            *self.inside.get(node, ()), program("slurmd"), "-D", "-N", node
+        )
 
     def lose_node(self, node: str) -> None:
         """Kills the daemon of a node; what it has started goes on, and nobody can reach it."""
@@ -95,6 +101,11 @@ class Slurm:
     def mark(self, node: str, state: str) -> None:
         """Sets a node's state as an administrator does."""
         self.command("scontrol", "update", f"NodeName={node}", f"State={state}", "Reason=test")
+
+    def resume(self, node: str) -> None:
+        """Gives a node back to jobs; one that was down may have come back by itself."""
+        words = ["scontrol", "update", f"NodeName={node}", "State=RESUME"]
+        subprocess.run(words, env=self.environment, capture_output=True)
 
     def idle_nodes(self) -> list[str]:
         """Nodes that jobs may use and none does."""
@@ -160,19 +171,21 @@ class Slurm:
 
 def start_daemons(cluster: Slurm) -> None:
     folder = cluster.folder
-    for name in ("state", *(f"spool-{node}" for node in NODES)):
+    nodes = list(cluster.addresses)
+    for name in ("state", *(f"spool-{node}" for node in nodes)):
         (folder / name).mkdir()
     host = socket.gethostname().split(".")[0]
-    ports = free_ports(1 + len(NODES))
+    ports = free_ports(1 + len(nodes))
     content = CONFIGURATION.format(
         host=host,
+        controller=cluster.controller,
         user="root",
         folder=folder,
         ports=ports,
         nodes="\n".join(
-            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=8 "
+            f"NodeName={node} NodeHostname={host} NodeAddr={address} Port={port} CPUs=8 "
             "RealMemory=4000"
-            for node, port in zip(NODES, ports[1:], strict=True)
+            for (node, address), port in zip(cluster.addresses.items(), ports[1:], strict=True)
         ),
     )
     (folder / "slurm.conf").write_text(content)
@@ -189,9 +202,9 @@ def start_daemons(cluster: Slurm) -> None:
     )
     wait_until(lambda: (folder / "munge.socket").exists(), cluster)
     cluster.start(program("slurmctld"), "-D", "-c")
-    for node in NODES:
+    for node in nodes:
         cluster.start_node(node)
-    wait_until(lambda: cluster.idle_nodes() == list(NODES), cluster)
+    wait_until(lambda: cluster.idle_nodes() == nodes, cluster)
 
 
 def wait_until(is_true, cluster: Slurm, timeout_s: float = 30) -> None:

@@ -1,18 +1,37 @@
 """A project that jobs are submitted from, and a run of one of them, seen from outside."""
 
+import os
 import re
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 from lives import read_steps
 from private_slurm import Slurm
 
 from pretrain.loop.lineage import Life, read_lives
 
+ROOT = Path(__file__).resolve().parents[2]
 STEP_LINE = re.compile(r"^INFO pretrain\.loop\.record: step +\d+/", flags=re.M)
 FINISHED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+
+
+@contextmanager
+def job_environment() -> Iterator[None]:
+    """What jobs inherit: this interpreter and this code; no preflight, which has its own tests."""
+    added = {
+        "PRETRAIN_PYTHON": sys.executable,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+        "PRETRAIN_PREFLIGHT": "0",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in added.items():
+            patch.setenv(name, value)
+        yield
 
 
 @dataclass
