@@ -70,7 +70,8 @@ shown() {
 # On a node that was lost this script may go on after its job has begun another life elsewhere.
 is_current() { [[ $(shown JobState) == RUNNING && $(shown Restarts) == "$restart" ]]; }
 
-# Every node checks itself and leaves a file; who leaves none hangs, or cannot start a process.
+# Every node checks itself and leaves a file; who leaves none hangs, or cannot start a process. Then
+# one process compares the files, and marks who is slower than the others, or has other versions.
 preflight() {
     export PRETRAIN_PREFLIGHT_DIR=$PWD/$logs/preflight-$restart
     mkdir -p "$PRETRAIN_PREFLIGHT_DIR"
@@ -78,6 +79,11 @@ preflight() {
     srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=120 \
         --output="$logs/preflight-$restart/task-%t.log" \
         "${container[@]+"${container[@]}"}" launch/node.sh doctor doctor.scope=node "$@" || code=$?
+    if ((nodes > 1)); then
+        srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --output="$logs/preflight-$restart/compare.log" \
+            "${container[@]+"${container[@]}"}" launch/node.sh doctor doctor.scope=compare "$@" ||
+            say "the comparison of the nodes finds something, see $logs/preflight-$restart"
+    fi
     for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
         local file=$PRETRAIN_PREFLIGHT_DIR/$node.json
         [[ -s $file ]] && seen=$((seen + 1))

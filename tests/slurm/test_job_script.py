@@ -43,12 +43,16 @@ echo '{"code": 75, "error": "", "is_final": false}' > "$PRETRAIN_EXIT_FOLDER/$SL
 exit 75
 """
 TWO_BAD_NODES = """
+if [ "$3 $4" = "doctor doctor.scope=compare" ]; then
+    # node2 is slow, as only the others can tell
+    file=$PRETRAIN_PREFLIGHT_DIR/node2.json
+    [ ! -f "$file" ] || sed -i s/true/false/ "$file"
+    exit 1
+fi
 if [ "$3" = doctor ]; then
     echo "$4 $5" > "$FOLDER/asked-$SLURMD_NODENAME"
     [ "$SLURMD_NODENAME" = node1 ] && exit 1
-    ok=true
-    [ "$SLURMD_NODENAME" = node2 ] && ok=false
-    printf '{"node": "%s", "ok": %s, "findings": []}\\n' "$SLURMD_NODENAME" "$ok" \\
+    printf '{"node": "%s", "ok": true, "findings": []}\\n' "$SLURMD_NODENAME" \\
         > "$PRETRAIN_PREFLIGHT_DIR/$SLURMD_NODENAME.json"
     exit 0
 fi
@@ -175,6 +179,7 @@ def test_nodes_that_fail_the_preflight_are_named_and_left_out(ended):
     assert job.code_and_restarts == ("0:0", "1"), job.log
     assert job.job["ExcNodeList"] in ("node[1-2]", "node1,node2")
     assert "node1 left no result of the preflight" in job.log
+    assert "the comparison of the nodes finds something" in job.log
     assert "node2 fails the preflight, see " in job.log
     assert "queues again without node1,node2" in job.log
     for node in ("node3", "node4"):

@@ -2,6 +2,7 @@
 
 import json
 import time
+from importlib.util import find_spec
 
 import pytest
 import yaml
@@ -140,6 +141,23 @@ def test_a_mistake_in_the_arguments_fails_the_job_and_is_named(slurm, project, s
     job = slurm.wait(job_id, *FINISHED, timeout_s=120)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "64:0", "0")
     assert "widht" in project.log(job_id)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    find_spec("pretrain.preflight") is None, reason="pretrain doctor has no scopes here"
+)
+def test_nodes_are_checked_before_the_ranks_start(slurm, project, submit, monkeypatch):
+    monkeypatch.setenv("PRETRAIN_PREFLIGHT", "1")
+    run_dir = project.folder / "out/runs/checked"
+    job_id = submit(*CPU_NODES, "slurm/train.sbatch", *SMALL, f"run.dir={run_dir}")
+    job = slurm.wait(job_id, *FINISHED, timeout_s=300)
+    assert (job["ExitCode"], job["Restarts"]) == ("0:0", "0"), project.log(job_id)
+    (logs,) = (project.folder / "slurm/logs").glob(f"*-{job_id}/preflight-0")
+    for node in ("node1", "node2"):
+        said = json.loads((logs / f"{node}.json").read_text())
+        assert (said["node"], said["ok"]) == (node, True), said
+    assert (run_dir / "checkpoints/latest").read_text().strip() == "step-0000000006"
 
 
 @pytest.mark.slow
