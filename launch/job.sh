@@ -6,6 +6,7 @@
 # PRETRAIN_PREFLIGHT      1: check every node first and leave out those that fail; 0: do not
 # PRETRAIN_MAX_RESUBMITS  how often a job leaves nodes out before it gives up (3)
 # PRETRAIN_MAX_REQUEUES   how often it queues itself again before it gives up (100)
+# PRETRAIN_TASKS_PER_NODE ranks on a node, if sbatch was given no --ntasks-per-node (its GPUs)
 # PRETRAIN_CONTAINER      a bash file that sets the array `container`: srun's container options, or a
 #                         command with its arguments, to put before launch/node.sh; empty: none
 set -euo pipefail
@@ -13,6 +14,7 @@ set -euo pipefail
 job=$SLURM_JOB_ID
 restart=${SLURM_RESTART_COUNT:-0}
 nodes=${SLURM_JOB_NUM_NODES:-1}
+tasks=${SLURM_NTASKS_PER_NODE:-${PRETRAIN_TASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}}
 max_resubmits=${PRETRAIN_MAX_RESUBMITS:-3}
 max_requeues=${PRETRAIN_MAX_REQUEUES:-100}
 # Lives in a row whose last checkpoint is that of the life before; so many end the job.
@@ -34,11 +36,11 @@ number() { sed -nE "s/.*\"$2\": *\"?([0-9]+)\"?.*/\1/p" "$1" 2>/dev/null || true
 check_allocation() {
     [[ -x launch/node.sh ]] ||
         fail 64 "there is no launch/node.sh in $PWD; submit from the project's root."
-    [[ ${SLURM_NTASKS_PER_NODE:-} =~ ^[1-9][0-9]*$ ]] ||
-        fail 64 "give sbatch --ntasks-per-node (SLURM_NTASKS_PER_NODE is" \
-            "'${SLURM_NTASKS_PER_NODE:-}'): one task per GPU."
-    if [[ -n ${SLURM_GPUS_ON_NODE:-} ]] && ((SLURM_GPUS_ON_NODE != SLURM_NTASKS_PER_NODE)); then
-        fail 64 "$SLURM_GPUS_ON_NODE GPUs but $SLURM_NTASKS_PER_NODE tasks per node; give sbatch" \
+    [[ $tasks =~ ^[1-9][0-9]*$ ]] ||
+        fail 64 "how many ranks has a node? Give sbatch --ntasks-per-node, one task per GPU, or" \
+            "set PRETRAIN_TASKS_PER_NODE (it is '${PRETRAIN_TASKS_PER_NODE:-}')."
+    if [[ -n ${SLURM_GPUS_ON_NODE:-} ]] && ((SLURM_GPUS_ON_NODE != tasks)); then
+        fail 64 "$SLURM_GPUS_ON_NODE GPUs but $tasks tasks per node; give sbatch" \
             "--ntasks-per-node=$SLURM_GPUS_ON_NODE."
     fi
     local name
@@ -133,11 +135,9 @@ start_ranks() {
     export PRETRAIN_EXIT_FOLDER=$PWD/$logs/ended-$restart
     rm -f "$PRETRAIN_REQUEUE_RECORD"
     mkdir -p "$PRETRAIN_EXIT_FOLDER"
-    say "starts $((nodes * SLURM_NTASKS_PER_NODE)) ranks on $SLURM_JOB_NODELIST; their output is in" \
+    say "starts $((nodes * tasks)) ranks on $SLURM_JOB_NODELIST; their output is in" \
         "$logs"
-    # SLURM_NTASKS was counted when the job was submitted, for the fewest nodes that it would take.
-    srun --nodes="$nodes" --ntasks="$((nodes * SLURM_NTASKS_PER_NODE))" \
-        --ntasks-per-node="$SLURM_NTASKS_PER_NODE" --kill-on-bad-exit=1 --wait=60 \
+    srun --nodes="$nodes" --ntasks="$((nodes * tasks))" --ntasks-per-node="$tasks" --kill-on-bad-exit=1 --wait=60 \
         --output="$logs/rank-%t.log" --open-mode=append \
         "${container[@]+"${container[@]}"}" launch/node.sh train "$@"
 }

@@ -23,6 +23,8 @@ SlurmctldHost={host}({controller})
 SlurmctldPort={ports[0]}
 SlurmUser={user}
 SlurmdUser={user}
+# Ranks meet at a port that follows from the job's id: two test sessions must not share ids.
+FirstJobId={first_job}
 AuthType=auth/munge
 CryptoType=crypto/munge
 # By default a job that queues again waits for 120 s, the life of its credential.
@@ -179,6 +181,7 @@ def start_daemons(cluster: Slurm) -> None:
     content = CONFIGURATION.format(
         host=host,
         controller=cluster.controller,
+        first_job=1 + os.getpid() * 97 % 1_000_000,
         user="root",
         folder=folder,
         ports=ports,

@@ -153,12 +153,12 @@ def test_goodput_falls_with_every_recovery(day):
 
 
 @pytest.fixture(scope="module")
-def lost(slurm, project, submit, recoveries, day) -> Day:
+def lost(slurm, project, submit, recoveries) -> Day:
     """A job over four nodes, one of which loses contact while its tasks live on."""
     run_dir = project.folder / "out/runs/lost-node"
     job_id = submit(
-        "--nodes=2-4", "--ntasks-per-node=1", *ON_CPUS, "slurm/train.sbatch", *RUN,
-        f"run.dir={run_dir}",
+        "--nodes=2-4", *ON_CPUS, "--export=ALL,PRETRAIN_TASKS_PER_NODE=1", "slurm/elastic.sbatch",
+        *RUN, f"run.dir={run_dir}",
     )  # fmt: skip
     watched = Watched(run_dir, project, job_id, slurm)
     life, _ = watched.wait_for_steps(4)
