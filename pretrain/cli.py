@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
 
 from pretrain.errors import EXIT_BUG, EXIT_CONFIG, EXIT_FINISHED, ConfigError, PretrainError
+from pretrain.loop.exit_record import note_exit
 from pretrain.secrets import Redacting, redact, secret_values
 
 
@@ -93,15 +94,18 @@ def _run(arguments: list[str]) -> int:
         is_about_run = command.words in ABOUT_A_RUN and names_run(rest)
         is_resuming = command.words in RESUMING or is_about_run
         config = load(command.primary, rest, resumes=is_resuming)
-        code = module.main(config)
-        return EXIT_FINISHED if code is None else int(code)
+        code = int(module.main(config) or EXIT_FINISHED)
+        note_exit(code)
+        return code
     except PretrainError as error:
         _say(f"{type(error).__name__}: {error}")
+        note_exit(error.exit_code, error, is_final=True)
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except Exception:
+    except Exception as error:
         _say(traceback.format_exc().rstrip())
+        note_exit(EXIT_BUG, error)
         return EXIT_BUG
 
 

@@ -23,6 +23,9 @@ from pretrain.errors import ConfigError
 FIRST_SPECIAL_STEP = 0xFFFF_FFF0
 # Ports chosen from a job id: above the well-known ones, below Linux's ephemeral range.
 FIRST_PORT, NUM_PORTS = 12_000, 20_000
+# Every life of a job has its own port: a process that the life before left behind may still hold
+# its. A prime, so that neighbouring jobs' lives do not meet either.
+PORTS_BETWEEN_LIVES = 7_919
 
 
 class Place(NamedTuple):
@@ -184,6 +187,7 @@ def _place_from_slurm(environ: Mapping[str, str]) -> Place:
         size = int(environ.get("SLURM_STEP_NUM_TASKS") or environ["SLURM_NTASKS"])
         local_rank = int(environ["SLURM_LOCALID"])
         job = int(environ["SLURM_JOB_ID"])
+        restart = int(environ.get("SLURM_RESTART_COUNT") or 0)
         hosts = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]
     except KeyError as error:
         raise ConfigError(
@@ -192,7 +196,8 @@ def _place_from_slurm(environ: Mapping[str, str]) -> Place:
             "MASTER_PORT."
         ) from None
     address = environ.get("MASTER_ADDR") or first_host(hosts)
-    port = int(environ.get("MASTER_PORT") or FIRST_PORT + job % NUM_PORTS)
+    chosen = FIRST_PORT + (job + restart * PORTS_BETWEEN_LIVES) % NUM_PORTS
+    port = int(environ.get("MASTER_PORT") or chosen)
     return Place(rank, size, local_rank, f"tcp://{address}:{port}" if size > 1 else "", address)
 
 
