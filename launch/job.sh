@@ -61,7 +61,8 @@ check_allocation() {
 # between here and the script's end holds for the next start.
 requeue() {
     trap '' TERM
-    scontrol requeue "$job"
+    scontrol requeue "$job" ||
+        fail 1 "SLURM does not queue the job again (see above); submit it with --requeue"
 }
 
 # What the controller says about this job: `shown ExcNodeList`.
@@ -69,8 +70,17 @@ shown() {
     scontrol show job "$job" | sed -nE "s/.*\\b$1=([^ ]*).*/\1/p" | head -n 1 | sed 's/^(null)$//'
 }
 
-# On a node that was lost this script may go on after its job has begun another life elsewhere.
-is_current() { [[ $(shown JobState) == RUNNING && $(shown Restarts) == "$restart" ]]; }
+# On a node that was lost this script may go on after its job has begun another life elsewhere. A
+# controller that does not answer may be restarting.
+is_current() {
+    local state='' tries
+    for ((tries = 0; tries < 12; tries++)); do
+        state=$(shown JobState)
+        [[ -z $state ]] || break
+        sleep 10
+    done
+    [[ $state == RUNNING && $(shown Restarts) == "$restart" ]]
+}
 
 # Every node checks itself and leaves a file; who leaves none hangs, or cannot start a process. Then
 # one process compares the files, and marks who is slower than the others, or has other versions.

@@ -87,6 +87,7 @@ CASES = {
     ),
     "crashes": Case(CRASHES_WITH_A_CHECKPOINT_MORE),
     "crash-loop": Case(CRASHES_AT_ONCE),
+    "no-requeue": Case(SAVES_STEP_7, options=(*ONE_NODE, "--no-requeue")),
     "mistake": Case(MAKES_A_MISTAKE, options=TWO_NODES),
     "stop": Case(WAS_ASKED_TO_STOP, options=TWO_NODES),
     "bad-nodes": Case(TWO_BAD_NODES, TWO_NODES, ("run.name=first",), ()),
@@ -154,6 +155,13 @@ def test_a_crash_loop_ends(ended):
     loop = ended("crash-loop")
     assert loop.code_and_restarts == ("1:0", "1"), loop.log
     assert "no progress in 2 lives in a row, the last checkpoint is step none" in loop.log
+
+
+def test_a_job_that_may_not_queue_again_says_so(ended):
+    job = ended("no-requeue")
+    assert job.code_and_restarts == ("1:0", "0"), job.log
+    assert "SLURM does not queue the job again" in job.log
+    assert "--requeue" in job.log
 
 
 def test_a_job_restarts_so_often_and_no_oftener(ended):

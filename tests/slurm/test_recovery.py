@@ -144,7 +144,7 @@ def test_a_rank_that_hangs_is_named(day):
     assert "a rank stood still, see stalls.jsonl in the run folder; queues again" in day.log
 
 
-def test_goodput_falls_with_every_recovery(day):
+def test_goodput_counts_no_time_between_lives(day):
     shares = [life.goodput for life in day.lives if life.goodput is not None]
     assert 0 < shares[-1] < 1
     counted_s = shares[-1] * (day.lives[-1].ended_s - day.lives[0].began_s)
