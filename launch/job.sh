@@ -87,7 +87,7 @@ is_current() {
 preflight() {
     export PRETRAIN_PREFLIGHT_DIR=$PWD/$logs/preflight-$restart
     mkdir -p "$PRETRAIN_PREFLIGHT_DIR"
-    local code=0 node bad=() seen=0
+    local code=0 node file bad=()
     srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=120 \
         --output="$logs/preflight-$restart/task-%t.log" \
         "${container[@]+"${container[@]}"}" launch/node.sh doctor doctor.scope=node "$@" || code=$?
@@ -97,8 +97,7 @@ preflight() {
             say "the comparison of the nodes finds something, see $logs/preflight-$restart"
     fi
     for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
-        local file=$PRETRAIN_PREFLIGHT_DIR/$node.json
-        [[ -s $file ]] && seen=$((seen + 1))
+        file=$PRETRAIN_PREFLIGHT_DIR/$node.json
         if [[ ! -s $file ]]; then
             say "$node left no result of the preflight"
             bad+=("$node")
@@ -108,12 +107,28 @@ preflight() {
         fi
     done
     ((${#bad[@]} > 0)) || return 0
-    ((seen > 0)) ||
-        fail "$((code ? code : 70))" "no node left a result in $PRETRAIN_PREFLIGHT_DIR: the" \
-            "preflight itself failed (code $code), not the nodes; see its logs there, or set" \
-            "PRETRAIN_PREFLIGHT=0."
     obey
+    ((${#bad[@]} < nodes)) || blame_the_job "$((code ? code : 70))"
     exclude "${bad[@]}"
+}
+
+# What all nodes lack, other nodes would lack too: shards, a package, a configuration that is right.
+blame_the_job() {
+    local code=$1 found
+    found=$(findings "$PRETRAIN_PREFLIGHT_DIR"/*.json || true)
+    [[ -n $found ]] ||
+        fail "$code" "no node left a result in $PRETRAIN_PREFLIGHT_DIR: the preflight itself" \
+            "failed (code $code), not the nodes; see its logs there, or set PRETRAIN_PREFLIGHT=0."
+    fail "$code" "every node fails the preflight, so the fault is the job's and none is left out:"$'\n'"$found"
+}
+
+# What keeps nodes from training, each thing once: lines `subject: detail` of their files.
+findings() {
+    sed -nE '/"status": "missing"/ {
+        n; s/.*"subject": "(.*)",/\1/; h
+        n; s/.*"detail": "(.*)",/\1/; H
+        x; s/^/    /; s/\n/: /; p
+    }' "$@" 2>/dev/null | sort -u
 }
 
 # Cancelled, preempted, requeued by somebody, or the node was lost: SLURM has decided already.

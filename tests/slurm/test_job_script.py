@@ -9,6 +9,11 @@ from typing import Any
 
 import pytest
 
+from pretrain.errors import ConfigError, DataError
+from pretrain.loop.exit_record import note_exit
+from pretrain.preflight.findings import Finding, Status
+from pretrain.preflight.report import Measurements, NodeReport
+
 pytestmark = pytest.mark.slurm
 
 ONE_NODE = ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1")
@@ -58,11 +63,25 @@ if [ "$3" = doctor ]; then
 fi
 echo "trains on $SLURMD_NODENAME: $3 $4"
 """
-EVERY_NODE_IS_BAD = """
-printf '{"node": "%s", "ok": false}\\n' "$SLURMD_NODENAME" \\
+A_NODE_IS_ALWAYS_BAD = """
+[ "$SLURM_NODEID" = 0 ] && is_ok=false || is_ok=true
+[ "$4" = doctor.scope=compare ] || printf '{"node": "%s", "ok": %s}\\n' "$SLURMD_NODENAME" $is_ok \\
     > "$PRETRAIN_PREFLIGHT_DIR/$SLURMD_NODENAME.json"
-exit 1
 """
+EVERY_NODE_IS_BAD = """
+[ "$4" = doctor.scope=compare ] && exit 1
+cp "$FOLDER/bad.json" "$PRETRAIN_PREFLIGHT_DIR/$SLURMD_NODENAME.json"
+exit 65
+"""
+BAD_NODE = NodeReport(
+    node="bad",
+    findings=[
+        Finding(Status.ok, "python", "3.13"),
+        Finding(Status.missing, "shards", 'none in "out/data", nor below', "build", DataError),
+        Finding(Status.missing, "disk", "1 GiB free", "make room"),
+    ],
+    measurements=Measurements(),
+)
 SHOWS_ITS_WORDS = """
 for word in "$@"; do printf '[%s]' "$word"; done
 echo "inside: $INSIDE"
@@ -91,7 +110,8 @@ CASES = {
     "mistake": Case(MAKES_A_MISTAKE, options=TWO_NODES),
     "stop": Case(WAS_ASKED_TO_STOP, options=TWO_NODES),
     "bad-nodes": Case(TWO_BAD_NODES, TWO_NODES, ("run.name=first",), ()),
-    "bad-cluster": Case(EVERY_NODE_IS_BAD, environment=("PRETRAIN_MAX_RESUBMITS=1",)),
+    "bad-cluster": Case(A_NODE_IS_ALWAYS_BAD, TWO_NODES, environment=("PRETRAIN_MAX_RESUBMITS=1",)),
+    "bad-job": Case(EVERY_NODE_IS_BAD, TWO_NODES, environment=()),
     "bad-preflight": Case(CRASHES_AT_ONCE, environment=()),
     "container": Case(SHOWS_ITS_WORDS, arguments=("run.name=two words", "a='$(id);*'")),
 }
@@ -120,6 +140,8 @@ def ended(slurm, project, submit, tmp_path_factory) -> Callable[[str], Ended]:
         program.write_text(f"#!/bin/sh\nFOLDER='{folder}'\n{case.program}")
         program.chmod(0o755)
         exported = [f"PRETRAIN_PYTHON={program}", *case.environment]
+        if name == "bad-job":
+            BAD_NODE.write(folder)
         if name == "container":
             (folder / "container.sh").write_text(CONTAINER)
             exported.append(f"PRETRAIN_CONTAINER={folder / 'container.sh'}")
@@ -197,6 +219,17 @@ def test_nodes_that_fail_the_preflight_are_named_and_left_out(ended):
     assert "trains on node1" not in job.log
 
 
+def test_what_every_node_lacks_is_the_job_s_fault_and_named_once(ended):
+    job = ended("bad-job")
+    assert job.code_and_restarts == ("65:0", "0"), job.log
+    said = job.log.partition("so the fault is the job's and none is left out:")[2].splitlines()
+    assert said[1:3] == [
+        "    disk: 1 GiB free",
+        r"    shards: none in \"out/data\", nor below",
+    ], job.log
+    assert job.job["ExcNodeList"] in ("", "(null)")
+
+
 def test_leaving_nodes_out_has_an_end(ended):
     job = ended("bad-cluster")
     assert job.code_and_restarts == ("1:0", "1"), job.log
@@ -227,9 +260,6 @@ def test_a_job_outside_the_project_says_where_to_submit(slurm, project, submit, 
 
 def test_records_are_what_the_program_writes(tmp_path, monkeypatch):
     """The small programs above leave what the real one leaves, letter by letter."""
-    from pretrain.errors import ConfigError
-    from pretrain.loop.exit_record import note_exit
-
     monkeypatch.setenv("PRETRAIN_EXIT_FOLDER", str(tmp_path))
     monkeypatch.setenv("SLURM_PROCID", "1")
     note_exit(64, ConfigError("no"), is_final=True)
