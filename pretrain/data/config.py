@@ -117,7 +117,10 @@ class DataConfig:
     quarantine_rows: int = 1000
     """Stop when so many rows of the run have been lost (on_damage: quarantine)."""
     cache: str = ""
-    """Folder for copies of remote shards on this node; needed if shards is a URL."""
+    """Folder for copies of remote shards on a node; needed if shards is a URL.
+
+    $NAME in it is the node's own variable, looked up where the run reads; $TMPDIR is always set.
+    """
     cache_bytes: int = 200_000_000_000
     """Remove the least recently used copies beyond this size."""
 
