@@ -94,6 +94,7 @@ def main(config: SubmitConfig) -> int:
     _print_plan(job)
     if _says_finished(job):
         return EXIT_FINISHED
+    _refuse_stopped(job.folder)
     if job.options.to is Target.slurm and job.options.after is None:
         _refuse_second_job(job.folder)
     if config.submit.dry_run:
@@ -185,6 +186,12 @@ def _prepare(config: SubmitConfig, *, code_in: Path | None) -> Job:
     return Job(
         config=run, options=options, place=place, snapshot=snapshot, changes=changes, hosts=hosts
     )
+
+
+def _refuse_stopped(folder: Path) -> None:
+    request = folder / "control/stop"
+    if request.exists():
+        raise ConfigError(f"{request} asks the run to stop, so a job would end at once; remove it.")
 
 
 def _refuse_second_job(folder: Path) -> None:
@@ -289,7 +296,8 @@ def _print_queued(job: Job, ids: Sequence[str]) -> None:
         f"submitted {', '.join(ids)}\n"
         f"watch:    squeue --jobs={','.join(ids)}\n"
         f"          tail -F {folder}/slurm-{ids[0]}.log {logs}/rank-0.log\n"
-        f"stop:     scancel {' '.join(reversed(ids))}      # ranks save if the cluster lets them\n"
+        f"stop:     touch {folder}/control/stop      # saves first, and ends a chain\n"
+        f"          scancel {' '.join(reversed(ids))}      # does not wait for a step\n"
         f"save and queue again: scancel --signal=USR1 {ids[0]}\n"
         f"go on:    pretrain submit run.dir={shlex.quote(job.place.run_dir)}"
     )

@@ -133,6 +133,15 @@ def test_another_run_in_the_folder_is_refused_early(
     assert (tmp_path / "out/runs/tiny/config.yaml").read_text() == frozen
 
 
+def test_a_run_that_was_asked_to_stop_is_not_submitted(tmp_path: Path) -> None:
+    stop = tmp_path / "out/runs/tiny/control/stop"
+    stop.parent.mkdir(parents=True)
+    stop.touch()
+    done = run_cli(tmp_path, "submit", *SMALL, "submit.dry_run=true")
+    assert done.returncode == 64
+    assert f"{stop} asks the run to stop" in done.stderr
+
+
 HOSTILE = 'it\'s $HOME; `touch pwned` & "more" \\'
 
 
@@ -165,6 +174,8 @@ def interrupt_after_steps(cwd: Path, run_dir: Path, *words: str) -> subprocess.P
     return process
 
 
+# tests/launch has the signals of plain processes, tests/jobs the hosts, tests/slurm the snapshots
+@pytest.mark.slow
 def test_a_run_on_this_host_trains_from_its_snapshot_and_resumes(
     workspace: Path, tmp_path: Path
 ) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 from network import two_hosts
-from private_slurm import NEEDED, Slurm, find_program, start_daemons
-from watching import ROOT, Project, Watched, job_environment
+from private_slurm import NEEDED, ROOT, Slurm, find_program, start_daemons
+from watching import Project, Watched, job_environment
 
 from conftest import SMALL
 
@@ -48,7 +48,7 @@ def recoveries(pytestconfig: pytest.Config) -> dict[str, float]:
     return pytestconfig.stash[RECOVERIES]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def separate_slurm() -> Iterator[Slurm]:
     """A SLURM of two nodes with addresses of their own, and names that resolve only there."""
     check_slurm()

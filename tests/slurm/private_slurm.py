@@ -23,7 +23,7 @@ SlurmctldHost={host}({controller})
 SlurmctldPort={ports[0]}
 SlurmUser={user}
 SlurmdUser={user}
-# Ranks meet at a port that follows from the job's id: two test sessions must not share ids.
+# Ranks meet at a port that follows from the job's id: two private SLURMs must not share ids.
 FirstJobId={first_job}
 AuthType=auth/munge
 CryptoType=crypto/munge
@@ -181,7 +181,7 @@ def start_daemons(cluster: Slurm) -> None:
     content = CONFIGURATION.format(
         host=host,
         controller=cluster.controller,
-        first_job=1 + os.getpid() * 97 % 1_000_000,
+        first_job=ports[0] * 101,
         user="root",
         folder=folder,
         ports=ports,

@@ -14,7 +14,7 @@ from pretrain.loop.exit_record import note_exit
 from pretrain.preflight.findings import Finding, Status
 from pretrain.preflight.report import Measurements, NodeReport
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 ONE_NODE = ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1")
 TWO_NODES = ("--nodes=2", *ONE_NODE[1:])

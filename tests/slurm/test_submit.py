@@ -9,15 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from lives import read_steps
+from private_slurm import ROOT
+from watching import FINISHED
 
 from conftest import SMALL
 from pretrain.jobs.queue import submissions
-from pretrain.loop.metrics import read_metrics
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
-ROOT = Path(__file__).resolve().parents[2]
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 CPU = ["engine.device=cpu", "cluster.preflight=false", "cluster.cpus_per_gpu=1"]
 
 Pretrain = Callable[..., subprocess.CompletedProcess[str]]
@@ -36,13 +36,15 @@ def checkout(tmp_path: Path) -> Path:
 @pytest.fixture
 def pretrain(slurm, checkout: Path, workspace: Path) -> Pretrain:
     """The command, from that checkout, beside text and shards."""
-    path = f"{checkout}{os.pathsep}{checkout / 'kernels'}"
+    # the checkout's code, and nothing that other tests have said to their jobs
+    environment = {k: v for k, v in slurm.environment.items() if not k.startswith("PRETRAIN_")}
+    environment["PYTHONPATH"] = f"{checkout}{os.pathsep}{checkout / 'kernels'}"
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "pretrain", *words],
             cwd=workspace,
-            env=slurm.environment | {"PYTHONPATH": path},
+            env=environment,
             capture_output=True,
             text=True,
         )
@@ -54,10 +56,6 @@ def output(run_dir: Path) -> str:
     """Everything that a run's jobs and ranks have said."""
     files = [*run_dir.glob("slurm-*.log"), *run_dir.rglob("code/*/slurm/logs/*/*")]
     return "\n".join(f"[{path}]\n{path.read_text()}" for path in files if path.is_file())
-
-
-def steps(run_dir: Path) -> list[int]:
-    return [row["step"] for row in read_metrics(run_dir / "metrics.jsonl") if "loss/nats" in row]
 
 
 def test_a_job_runs_from_its_snapshot_whatever_happens_to_the_checkout(
@@ -80,9 +78,9 @@ def test_a_job_runs_from_its_snapshot_whatever_happens_to_the_checkout(
     (checkout / "pretrain/train.py").write_text("raise SystemExit(99)\n")
     (checkout / "launch/job.sh").unlink()
     slurm.command("scontrol", "release", job_id)
-    job = slurm.wait(job_id, *ENDED, timeout_s=180)
+    job = slurm.wait(job_id, *FINISHED, timeout_s=180)
     assert job["ExitCode"] == "0:0", output(run_dir)
-    assert steps(run_dir) == [1, 2, 3, 4, 5, 6]
+    assert list(read_steps(run_dir)) == [1, 2, 3, 4, 5, 6]
     assert (run_dir / f"slurm-{job_id}.log").is_file()
     assert {path.name for path in (run_dir / "logs").iterdir()} == {
         "rank-00000.log",
@@ -99,9 +97,9 @@ def test_a_chain_waits_in_line_and_its_rest_ends_at_once(
     first, second, third = (submission.job_id for submission in submissions(run_dir))
     assert f"afterany:{first}" in slurm.job(second)["Dependency"]
     assert f"afterany:{second}" in slurm.job(third)["Dependency"]
-    job = slurm.wait(third, *ENDED, timeout_s=180)
+    job = slurm.wait(third, *FINISHED, timeout_s=180)
     assert job["ExitCode"] == "0:0", output(run_dir)
-    assert steps(run_dir) == [1, 2]
+    assert list(read_steps(run_dir)) == [1, 2]
     for later in (second, third):
         assert "has all its 2 steps" in (run_dir / f"slurm-{later}.log").read_text()
         assert not list(run_dir.rglob(f"slurm/logs/*-{later}"))
@@ -130,7 +128,7 @@ def test_a_sweep_is_submitted_at_once_watched_and_collected(
     assert len(list((sweep / "code").iterdir())) == 1
     slurm.command("scontrol", "release", ",".join(job_ids))
     for run, job_id in zip(runs, job_ids, strict=True):
-        job = slurm.wait(job_id, *ENDED, timeout_s=240)
+        job = slurm.wait(job_id, *FINISHED, timeout_s=240)
         assert job["ExitCode"] == "0:0", output(run)
     assert "4 finished" in pretrain("sweep", "status", f"sweep.dir={sweep}").stdout
     done = pretrain("sweep", "collect", f"sweep.dir={sweep}")

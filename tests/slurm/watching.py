@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 from lives import read_steps
-from private_slurm import Slurm
+from private_slurm import ROOT, Slurm
 
 from pretrain.loop.lineage import Life, read_lives
 
-ROOT = Path(__file__).resolve().parents[2]
 STEP_LINE = re.compile(r"^INFO pretrain\.loop\.record: step +\d+/", flags=re.M)
 FINISHED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 
