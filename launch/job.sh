@@ -87,29 +87,39 @@ is_current() {
 preflight() {
     export PRETRAIN_PREFLIGHT_DIR=$PWD/$logs/preflight-$restart
     mkdir -p "$PRETRAIN_PREFLIGHT_DIR"
-    local code=0 node file bad=()
+    local code=0 node bad
     srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=120 \
         --output="$logs/preflight-$restart/task-%t.log" \
         "${container[@]+"${container[@]}"}" launch/node.sh doctor doctor.scope=node "$@" || code=$?
+    mapfile -t bad < <(unfit_nodes)
+    if ((${#bad[@]} == nodes)); then
+        obey
+        blame_the_job "$((code ? code : 70))"
+    fi
     if ((nodes > 1)); then
         srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --output="$logs/preflight-$restart/compare.log" \
             "${container[@]+"${container[@]}"}" launch/node.sh doctor doctor.scope=compare "$@" ||
             say "the comparison of the nodes finds something, see $logs/preflight-$restart"
+        mapfile -t bad < <(unfit_nodes)
     fi
-    for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
-        file=$PRETRAIN_PREFLIGHT_DIR/$node.json
-        if [[ ! -s $file ]]; then
-            say "$node left no result of the preflight"
-            bad+=("$node")
-        elif grep -Eq '"ok": *false' "$file"; then
-            say "$node fails the preflight, see $file"
-            bad+=("$node")
-        fi
-    done
     ((${#bad[@]} > 0)) || return 0
     obey
-    ((${#bad[@]} < nodes)) || blame_the_job "$((code ? code : 70))"
+    for node in "${bad[@]}"; do
+        if [[ -s $PRETRAIN_PREFLIGHT_DIR/$node.json ]]; then
+            say "$node fails the preflight, see $PRETRAIN_PREFLIGHT_DIR/$node.json"
+        else
+            say "$node left no result of the preflight"
+        fi
+    done
     exclude "${bad[@]}"
+}
+
+# Nodes of the job whose file does not say that all is well, or is not there.
+unfit_nodes() {
+    local node
+    for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+        grep -Eqs '"ok": *true' "$PRETRAIN_PREFLIGHT_DIR/$node.json" || echo "$node"
+    done
 }
 
 # What all nodes lack, other nodes would lack too: shards, a package, a configuration that is right.
@@ -141,7 +151,7 @@ obey() {
 exclude() {
     local names done_before
     names=$(IFS=,; echo "$*")
-    done_before=$(wc -l < "$logs/excluded" 2>/dev/null || echo 0)
+    done_before=$(wc -l 2>/dev/null < "$logs/excluded" || echo 0)
     ((done_before < max_resubmits)) ||
         fail 1 "$names would have to be left out, but $done_before times is enough" \
             "(PRETRAIN_MAX_RESUBMITS=$max_resubmits)."

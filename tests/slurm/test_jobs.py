@@ -25,7 +25,7 @@ def test_a_job_that_is_told_to_stop_saves_queues_again_and_ends_as_if_it_had_not
     slurm, project, submit
 ):
     run_dir = project.folder / "out/runs/stopped"
-    arguments = [*SMALL, "run.steps=60", "run.name=with a blank"]
+    arguments = [*SMALL, "run.steps=40", "run.name=with a blank"]
     job_id = submit(
         "--nodes=2", "--ntasks-per-node=2", *ON_CPUS, "slurm/train.sbatch", *arguments,
         f"run.dir={run_dir}", "logging.tags=[two words, '$HOME;*']",
@@ -38,7 +38,7 @@ def test_a_job_that_is_told_to_stop_saves_queues_again_and_ends_as_if_it_had_not
     requeue = json.loads((run_dir / "requeue.json").read_text())
     assert (requeue["job_id"], requeue["restart_count"]) == (job_id, 0)
     step = requeue["step"]
-    assert 3 <= step < 60
+    assert 3 <= step < 40
     job = slurm.wait(job_id, *FINISHED, timeout_s=240)
     log = project.log(job_id)
     assert (job["ExitCode"], job["Restarts"]) == ("0:0", "1"), log
@@ -50,7 +50,7 @@ def test_a_job_that_is_told_to_stop_saves_queues_again_and_ends_as_if_it_had_not
     first, second = watched.lives()
     assert (first.nodes, first.ranks, first.last_step) == (["node1", "node2"], 4, step)
     assert (first.reason, second.reason) == ("SIGUSR1", "finished")
-    assert (second.first_step, second.last_step) == (step, 60)
+    assert (second.first_step, second.last_step) == (step, 40)
     check_same(run_dir, undisturbed(project, arguments))
 
 
@@ -149,8 +149,8 @@ def test_a_mistake_in_the_arguments_fails_the_job_and_is_named(slurm, project, s
 
 # The second node of the first life was left behind by an update of the code.
 ONE_NODE_IS_BEHIND = """#!/bin/sh
-[ "$SLURM_NODEID:${SLURM_RESTART_COUNT:-0}" != 1:0 ] || export PYTHONPATH='OLD:OLD/kernels'
-exec 'PYTHON' "$@"
+[ "$SLURM_NODEID:${SLURM_RESTART_COUNT:-0}" != 1:0 ] || export PYTHONPATH='THERE:THERE/kernels'
+exec 'INTERPRETER' "$@"
 """
 
 
@@ -163,15 +163,14 @@ def test_a_node_that_is_not_like_the_others_is_left_out_before_the_ranks_start(
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
     (tmp_path / "pretrain/renamed_since.py").touch()
     python = tmp_path / "python"
-    text = ONE_NODE_IS_BEHIND.replace("OLD", str(tmp_path)).replace("PYTHON", sys.executable)
+    text = ONE_NODE_IS_BEHIND.replace("THERE", str(tmp_path))
+    text = text.replace("INTERPRETER", sys.executable)
     python.write_text(text)
     python.chmod(0o755)
     monkeypatch.setenv("PRETRAIN_PYTHON", str(python))
     monkeypatch.setenv("PRETRAIN_PREFLIGHT", "1")
     run_dir = project.folder / "out/runs/checked"
-    job_id = submit(
-        *CPU_NODES, "slurm/train.sbatch", *SMALL, f"run.dir={run_dir}", "doctor.burn_s=0.1"
-    )
+    job_id = submit(*CPU_NODES, "slurm/train.sbatch", *SMALL, f"run.dir={run_dir}")
     job = slurm.wait(job_id, *FINISHED, timeout_s=300)
     log = project.log(job_id)
     assert (job["ExitCode"], job["Restarts"]) == ("0:0", "1"), log
@@ -197,9 +196,7 @@ def test_shards_that_no_node_can_read_end_the_job_and_cost_no_node(
     slurm, project, submit, monkeypatch
 ):
     monkeypatch.setenv("PRETRAIN_PREFLIGHT", "1")
-    job_id = submit(
-        *CPU_NODES, "slurm/train.sbatch", *SMALL, "data.shards=nowhere", "doctor.burn_s=0.1"
-    )
+    job_id = submit(*CPU_NODES, "slurm/train.sbatch", *SMALL, "data.shards=nowhere")
     job = slurm.wait(job_id, *FINISHED, timeout_s=120)
     log = project.log(job_id)
     assert (job["ExitCode"], job["Restarts"]) == ("65:0", "0"), log

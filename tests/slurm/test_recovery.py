@@ -17,10 +17,10 @@ from pretrain.testing import start_commands
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
-STEPS = 160
+STEPS = 80
 # rows of a step that two, three and four ranks can share
 RUN = [*SMALL, "batch.global_tokens=768", "batch.micro_rows=2", f"run.steps={STEPS}",
-       "checkpoint.every_steps=3", "validation.every_steps=100"]  # fmt: skip
+       "checkpoint.every_steps=3", "validation.every_steps=50"]  # fmt: skip
 SIGNAL, KILL, HANG, DOWN, LOST = (
     "SIGUSR1, as at the time limit",
     "kill -9 of one rank of two",
