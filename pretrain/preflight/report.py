@@ -5,7 +5,8 @@
                    "error": "ConfigError"}],
      "measurements": {"versions": {}, "hashes": {}, "devices": [], "rates": {}, "clock": {}}}
 
-The launcher excludes a node whose file says ok=false, or that left none.
+The launcher excludes a node whose file says ok=false, or that left none; if all are so before they
+are compared, it ends the job and names the findings.
 """
 
 import dataclasses
