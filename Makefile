@@ -6,12 +6,13 @@ STAMP := .venv/.installed
 OTHER := .venv-transformers-4
 OTHER_STAMP := $(OTHER)/.installed
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all faults check bench clean
+.PHONY: help train test test-all test-slurm faults check bench clean
 
 help:
 	@echo "make train     install if needed, then raw text to a trained model on this CPU"
 	@echo "make test      install if needed, then the tests (under 15 minutes)"
 	@echo "make test-all  every test, also the slow ones and those under transformers 4.x"
+	@echo "make test-slurm  every job script on a private SLURM (as root; slurm-wlm and munge)"
 	@echo "make faults    kills, full disks, damage, hangs only"
 	@echo "make check     format, lint and types"
 	@echo "make bench     what this machine can measure: the loader; with a GPU, the kernels too"
@@ -43,6 +44,10 @@ test: $(STAMP)
 
 test-all: $(STAMP) $(OTHER_STAMP)
 	$(BIN)/python -m pytest
+
+# A test that cannot run here fails.
+test-slurm: $(STAMP)
+	PRETRAIN_SLURM_TESTS=required $(BIN)/python -m pytest -m slurm tests/slurm
 
 faults: $(STAMP)
 	$(BIN)/python -m pytest -m faults

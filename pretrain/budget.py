@@ -1,7 +1,7 @@
 """What a run will cost: FLOPs, speed, hours, and how long ranks wait for each other. Torch-free.
 
-Counts are exact; the speed rests on cluster.gpu_flops and cluster.utilization, the wait on a
-simulation of the run's own deal of depths.
+Counts are exact; the speed rests on the rates of config.cluster, the wait on a simulation of the
+run's own deal of depths, and what failures add on their rate (pretrain/scaling).
 """
 
 import dataclasses
@@ -12,11 +12,14 @@ from pretrain.model import balance
 from pretrain.model.config import DepthConfig, Law, Sampling, Scope
 from pretrain.model.cost import TokenFlops, mean_iterations
 from pretrain.model.depth import num_lanes
+from pretrain.scaling.estimate import Estimate, estimate
 
 # Contexts and workspaces of libraries, and fragmentation: 7 of an H200's 140 GiB.
 RESERVED_SHARE = 0.05
 # The wait is simulated for about this long per scope and sampling.
 SIMULATION_S = 0.05
+# A share of the run's time that another interval between saves must gain to be advised.
+WORTH_SAYING = 0.01
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +36,8 @@ class Price:
     """Coefficient of variation of whole steps' core work."""
     steps: int
     """Steps simulated."""
+    estimate: Estimate
+    """The run's wall time under it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,27 +80,30 @@ class Plan:
         )
 
     @property
+    def estimate(self) -> Estimate:
+        """Wall time as configured."""
+        return self.price.estimate
+
+    @property
     def wait(self) -> float:
-        """Time of a step over what it would be if nobody waited."""
-        price = self.price.once if self.config.engine.zero_stage == 1 else self.price.often
-        core_share = 1 - 3 * self.flops.once / self.executed_flops
-        return 1 + core_share * (price.slowest - 1)
+        """Time of a step over what it would be if nobody waited for deeper rows."""
+        step = self.estimate.step
+        return step.total_s / (step.total_s - step.depth_wait_s)
 
     @property
     def tokens_per_s_per_gpu(self) -> float:
-        """Expected at cluster.gpu_flops x cluster.utilization, less the wait."""
-        cluster = self.config.cluster
-        return cluster.gpu_flops * cluster.utilization / self.executed_flops / self.wait
+        """Expected while steps are taken."""
+        return self.tokens_per_s / self.config.cluster.ranks
 
     @property
     def tokens_per_s(self) -> float:
         """Expected of the whole cluster; what the loaders must deliver."""
-        return self.tokens_per_s_per_gpu * self.config.cluster.ranks
+        return self.estimate.tokens_per_s
 
     @property
     def hours(self) -> float:
-        """Expected for the whole run."""
-        return self.config.total_tokens / self.tokens_per_s / 3600
+        """Expected for the whole run, with saves, failures and validations."""
+        return self.estimate.hours
 
 
 def make_plan(config: TrainConfig) -> Plan:
@@ -137,7 +145,14 @@ def price(config: TrainConfig, depth: DepthConfig) -> Price:
         for stage in (1, 2)
     )
     variation = simulation.step_variation
-    return Price(depth=depth, once=once, often=often, step_variation=variation, steps=steps)
+    return Price(
+        depth=depth,
+        once=once,
+        often=often,
+        step_variation=variation,
+        steps=steps,
+        estimate=estimate(config, simulation),
+    )
 
 
 def advice(plan: Plan) -> list[str]:
@@ -154,6 +169,13 @@ def advice(plan: Plan) -> list[str]:
     is_dealt = depth.scope is not Scope.step and depth.sampling is Sampling.stratified
     if plan.alternatives and is_dealt and num_lanes(depth, rows) % ranks:
         found.append(_lanes_advice(plan, rows=rows, ranks=ranks))
+    expected = plan.estimate
+    if expected.best.useful - expected.shares.useful > WORTH_SAYING:
+        found.append(
+            f"checkpoint.every_steps={config.checkpoint.every_steps} leaves "
+            f"{expected.shares.useful:.1%} of the time to work that counts; "
+            f"{expected.best_every_steps} would leave {expected.best.useful:.1%}."
+        )
     return found
 
 

@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
 
 from pretrain.errors import EXIT_BUG, EXIT_CONFIG, EXIT_FINISHED, ConfigError, PretrainError
+from pretrain.loop.exit_record import note_exit
 from pretrain.secrets import Redacting, redact, secret_values
 
 
@@ -30,8 +31,11 @@ COMMANDS = (
     Command("data verify", "train", "check every byte of the shards"),
     Command("data inspect", "data", "show the mixture, and one row as text"),
     Command("plan", "train", "parameters, FLOPs, memory, wait and hours; no GPU needed"),
-    Command("doctor", "train", "can this machine train, and what is missing"),
+    Command("doctor", "doctor", "can this machine (or node, or job) train, and what is missing"),
     Command("train", "train", "train, or resume the run folder"),
+    Command("submit", "submit", "plan and freeze a run, and start it on a cluster or other hosts"),
+    Command("sweep status", "sweep", "what each run of a submitted sweep is doing"),
+    Command("sweep collect", "sweep", "the runs of a sweep by held-out loss, as a table and CSV"),
     Command("evaluate", "evaluate", "held-out loss at several depths"),
     Command("generate", "generate", "continue a prompt"),
     Command("replay", "replay", "rerun the batch of one step, row by row"),
@@ -47,6 +51,9 @@ ABOUT_A_RUN = (
     "plan",
     "doctor",
 )
+
+# They go on with a run folder that exists, by its configuration.
+RESUMING = ("train", "submit")
 
 # what a shell says of a process that Ctrl-C has ended
 EXIT_INTERRUPTED = 130
@@ -85,16 +92,20 @@ def _run(arguments: list[str]) -> int:
 
         rest = _complete(module, rest)
         is_about_run = command.words in ABOUT_A_RUN and names_run(rest)
-        config = load(command.primary, rest, resumes=command.words == "train" or is_about_run)
-        code = module.main(config)
-        return EXIT_FINISHED if code is None else int(code)
+        is_resuming = command.words in RESUMING or is_about_run
+        config = load(command.primary, rest, resumes=is_resuming)
+        code = int(module.main(config) or EXIT_FINISHED)
+        note_exit(code)
+        return code
     except PretrainError as error:
         _say(f"{type(error).__name__}: {error}")
+        note_exit(error.exit_code, error, is_final=True)
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except Exception:
+    except Exception as error:
         _say(traceback.format_exc().rstrip())
+        note_exit(EXIT_BUG, error)
         return EXIT_BUG
 
 
@@ -130,6 +141,8 @@ def _run_with_flags(command: Command, module: Any, rest: list[str]) -> int:
 
         if others := [text for text in rest if text[0] == "-" and text not in MULTIRUN_FLAGS]:
             raise ConfigError(f"{' '.join(others)} cannot go with --multirun.")
+        if hasattr(module, "sweep"):
+            return int(module.sweep(flags.overrides))
         return run_jobs(command.words, command.primary, flags.overrides)
     asked = [text for text in rest if text not in flags.overrides]
     if not flags.help:

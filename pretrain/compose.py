@@ -34,11 +34,14 @@ log = logging.getLogger(__name__)
 SCHEMAS = {
     "train": tree.TrainConfig,
     "data": tree.InspectTrainConfig,
+    "doctor": tree.DoctorConfig,
     "evaluate": tree.EvaluateConfig,
     "generate": tree.GenerateConfig,
     "replay": tree.ReplayConfig,
     "adopt": tree.AdoptConfig,
     "export": tree.ExportConfig,
+    "submit": tree.SubmitConfig,
+    "sweep": tree.SweepConfig,
 }
 OPTIMIZERS = {"ellis-adam": EllisAdamConfig, "adamw": AdamWConfig}
 
@@ -78,8 +81,8 @@ def load(primary: str, overrides: Sequence[str], *, resumes: bool = False) -> An
     _check_hydra_overrides(overrides)
     composed = _compose(primary, overrides)
     try:
-        frozen = Path(composed.run.dir) / "config.yaml"
-        if resumes and frozen.is_file():
+        frozen = Path(composed.run.dir) / "config.yaml" if resumes else None
+        if frozen is not None and frozen.is_file():
             if not _chooses_groups(overrides):
                 return _load_frozen(frozen, overrides, composed, SCHEMAS[primary])
             log.warning("groups are chosen, so conf/ counts and %s does not", frozen)

@@ -1,12 +1,12 @@
 """The whole configuration as a tree of dataclasses; `compose` turns YAML and overrides into it."""
 
 import dataclasses
-import math
 from enum import Enum
 
 from pretrain.data.config import DataConfig, InspectConfig, TokenizerConfig
 from pretrain.engine.config import CheckpointConfig, EngineConfig
 from pretrain.errors import ConfigError
+from pretrain.jobs.config import ClusterConfig, SubmitOptions, SweepOptions
 from pretrain.loop.config import (
     BatchConfig,
     EvaluateOptions,
@@ -18,34 +18,7 @@ from pretrain.loop.config import (
 from pretrain.loop.guard_config import GuardConfig
 from pretrain.model.config import ComputePath, DepthConfig, ModelConfig
 from pretrain.optim.config import OptimizerConfig, ScheduleConfig
-
-
-@dataclasses.dataclass(kw_only=True, slots=True)
-class ClusterConfig:
-    """The machines a run is planned for."""
-
-    nodes: int
-    """Hosts."""
-    gpus_per_node: int
-    """GPUs of one host, one process each."""
-    gpu_memory_bytes: int
-    """Memory of one GPU."""
-    gpu_flops: float
-    """Sustained matrix throughput of one GPU in FLOP/s at the run's precision."""
-    utilization: float
-    """Share of gpu_flops that a training step reaches, recomputation counted as work."""
-
-    def __post_init__(self) -> None:
-        for name in ("nodes", "gpus_per_node", "gpu_memory_bytes", "gpu_flops"):
-            if not 1 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"cluster.{name}={getattr(self, name)} must be at least 1.")
-        if not 0 < self.utilization <= 1:
-            raise ConfigError(f"cluster.utilization={self.utilization} must be in (0, 1].")
-
-    @property
-    def ranks(self) -> int:
-        """Processes of the whole job."""
-        return self.nodes * self.gpus_per_node
+from pretrain.preflight.config import DoctorOptions
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -127,6 +100,32 @@ class InspectTrainConfig(TrainConfig):
     """A run's configuration and which of its rows to look at."""
 
     inspect: InspectConfig
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class DoctorConfig(TrainConfig):
+    """A run's configuration and how far to look before it starts."""
+
+    doctor: DoctorOptions
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class SubmitConfig(TrainConfig):
+    """A run's configuration and how it is submitted."""
+
+    submit: SubmitOptions
+
+    def run_config(self) -> TrainConfig:
+        """What the run itself depends on."""
+        names = [field.name for field in dataclasses.fields(TrainConfig)]
+        return TrainConfig(**{name: getattr(self, name) for name in names})
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class SweepConfig:
+    """The sweep that a command is about."""
+
+    sweep: SweepOptions
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

@@ -67,12 +67,17 @@ def _check(words: str, primary: str, jobs: list[list[str]]) -> None:
             "each run of several ranks by itself."
         )
     configs = [load(primary, job, resumes=words == "train") for job in jobs]
-    folders = [config.run.dir for config in configs]
-    if words == "train" and len(set(folders)) < len(folders):
-        twice = next(folder for folder in folders if folders.count(folder) > 1)
+    if words == "train":
+        refuse_shared_folders([config.run.dir for config in configs])
+
+
+def refuse_shared_folders(folders: Sequence[str]) -> None:
+    """Raise ConfigError if two jobs of a sweep would train in one run folder."""
+    twice = next((folder for folder in folders if folders.count(folder) > 1), None)
+    if twice is not None:
         raise ConfigError(
-            f"{folders.count(twice)} of {len(jobs)} jobs would train in run.dir={twice}. Let the "
-            "swept value name the run: run.name='lr-${optimizer.learning_rate}'."
+            f"{folders.count(twice)} of {len(folders)} jobs would train in run.dir={twice}. Let "
+            "the swept value name the run: run.name='lr-${optimizer.learning_rate}'."
         )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from pretrain.budget import RESERVED_SHARE, Plan, advice, make_plan, usable_bytes
+from pretrain.budget import RESERVED_SHARE, Plan, Price, advice, make_plan, usable_bytes
 from pretrain.config import TrainConfig
 from pretrain.engine.config import EngineConfig
 from pretrain.engine.memory import GIB, Memory, checkpoint_bytes, rank_memory
@@ -35,8 +35,10 @@ def main(config: TrainConfig) -> None:
     console.print(_run_table(plan))
     console.print(_memory_table(plan))
     console.print(_speed_table(plan))
+    console.print(_wall_table(plan))
     if plan.alternatives:
         console.print(_wait_table(plan))
+        console.print(_scope_table(plan))
     for line in advice(plan):
         console.print(line)
 
@@ -143,16 +145,33 @@ def _fit(needed: int, usable: float) -> str:
 def _speed_table(plan: Plan) -> Table:
     config, cluster = plan.config, plan.config.cluster
     saved = checkpoint_bytes(config.model)
-    days = plan.hours / 24
+    days, expected = plan.hours / 24, plan.estimate
+    gone = expected.interruptions
     table = _table("Expected speed", "what", "value")
     for name, value in (
         (
             "one rank",
-            f"{cluster.gpu_flops / 1e12:,.4g} TFLOP/s x {cluster.utilization:.0%} = "
-            f"{plan.tokens_per_s_per_gpu:,.0f} tokens/s, wait of {plan.wait:.3f} included",
+            f"{plan.tokens_per_s_per_gpu:,.0f} tokens/s; {cluster.gpu_flops / 1e12:,.4g} TFLOP/s "
+            f"x {cluster.hardware.forward_utilization:.1%} without gradient, "
+            f"x {cluster.utilization:.1%} with",
         ),
-        ("all ranks", f"{plan.tokens_per_s:,.0f} tokens/s"),
-        ("one step", f"{config.batch.global_tokens / plan.tokens_per_s:,.2f} s"),
+        ("all ranks", f"{plan.tokens_per_s:,.0f} tokens/s while steps are taken"),
+        (
+            "one step",
+            f"{expected.step.total_s:,.2f} s, {expected.step.idle:.1%} of it idle",
+        ),
+        (
+            "between failures",
+            "none expected"
+            if math.isinf(gone.mtbf_s)
+            else f"{gone.mtbf_s / 3600:,.1f} hours of the job; {gone.recovery_s:,.0f} s to recover",
+        ),
+        ("goodput", f"{expected.goodput:.1%} of the time in steps that count"),
+        (
+            "saves",
+            f"every {config.checkpoint.every_steps} steps, {gone.wait_s:.2g} s of waiting each; "
+            f"every {expected.best_every_steps} steps would be near the best",
+        ),
         ("whole run", f"{plan.hours:,.1f} hours = {days:,.1f} days"),
         ("rank hours", f"{plan.hours * cluster.ranks:,.0f}"),
         (
@@ -171,9 +190,51 @@ def _speed_table(plan: Plan) -> Table:
         if plan.hours * cluster.ranks < 24 * deadline:
             continue
         needed = config.total_tokens / (deadline * 86400)
-        gpus = math.ceil(needed / plan.tokens_per_s_per_gpu)
+        gpus = math.ceil(needed / (plan.tokens_per_s_per_gpu * expected.goodput))
         table.add_row(f"to end in {deadline} d", f"{needed:,.0f} tokens/s needed: {gpus:,} ranks")
     return table
+
+
+def _wall_table(plan: Plan) -> Table:
+    table = _table("Expected wall time", "what", "share")
+    for cause, share in plan.estimate.wall.items():
+        table.add_row(cause, f"{share:.2%}")
+    return table
+
+
+def _scope_table(plan: Plan) -> Table:
+    table = _table(
+        f"The run under every scope, ZeRO {plan.config.engine.zero_stage}: idle shares are of a "
+        "step, goodput of the run",
+        "one depth per",
+        "sampling",
+        "tokens/s",
+        "wait by depth",
+        "stragglers",
+        "communication",
+        "goodput",
+        "hours",
+    )
+    for price in plan.alternatives:
+        expected = price.estimate
+        step, total_s = expected.step, expected.step.total_s
+        table.add_row(
+            _scope(plan, price),
+            price.depth.sampling.value,
+            f"{expected.tokens_per_s:,.0f}",
+            f"{step.depth_wait_s / total_s:.1%}",
+            f"{step.straggler_s / total_s:.1%}",
+            f"{step.communication_s / total_s:.1%}",
+            f"{expected.goodput:.1%}",
+            f"{expected.hours:,.0f}",
+        )
+    return table
+
+
+def _scope(plan: Plan, price: Price) -> str:
+    shared = price.depth.block_rows
+    rows = f" of {shared} rows" if shared > 1 else ""
+    return f"{price.depth.scope.value}{rows}{_mark(price.depth == plan.config.depth)}"
 
 
 def _wait_table(plan: Plan) -> Table:
@@ -189,10 +250,8 @@ def _wait_table(plan: Plan) -> Table:
         "steps differ by",
     )
     for price in plan.alternatives:
-        shared = price.depth.block_rows
         table.add_row(
-            f"{price.depth.scope.value}{f' of {shared} rows' if shared > 1 else ''}"
-            f"{_mark(price.depth == config.depth)}",
+            _scope(plan, price),
             price.depth.sampling.value,
             _wait(price.once),
             _wait(price.often),

@@ -20,10 +20,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pretrain.config import ClusterConfig, TrainConfig
+from pretrain.config import TrainConfig
 from pretrain.data.config import Corpus, DataConfig, TokenizerConfig
 from pretrain.engine.config import CheckpointConfig, Device, EngineConfig, Precision
 from pretrain.engine.world import FIRST_PORT, NUM_PORTS, exit_now, join
+from pretrain.jobs.config import ClusterConfig
 from pretrain.loop.config import (
     BatchConfig,
     LoggingConfig,
@@ -34,6 +35,7 @@ from pretrain.loop.config import (
 from pretrain.loop.guard_config import GuardConfig
 from pretrain.model.config import DepthConfig, Law, ModelConfig
 from pretrain.optim.config import EllisAdamConfig, ScheduleConfig
+from pretrain.scaling.config import HardwareConfig
 
 # torch imports its compiler when the first optimizer is made, DeepSpeed when it looks for Muon.
 PRELOADED = (
@@ -280,7 +282,34 @@ def tiny_config(**changes: Any) -> TrainConfig:
         "guards": GuardConfig(),
         "logging": LoggingConfig(wandb=WandbMode.disabled),
         "cluster": ClusterConfig(
-            nodes=1, gpus_per_node=1, gpu_memory_bytes=1 << 34, gpu_flops=1e12, utilization=0.5
+            nodes=1,
+            gpus_per_node=1,
+            gpu_memory_bytes=1 << 34,
+            gpu_flops=1e12,
+            utilization=0.5,
+            hardware=_tiny_hardware(),
         ),
     }
     return TrainConfig(**(values | changes))
+
+
+def _tiny_hardware() -> HardwareConfig:
+    return HardwareConfig(
+        forward_utilization=0.5,
+        memory_bytes_per_s=1e10,
+        link_bytes_per_s=1e9,
+        link_latency_s=1e-4,
+        network_bytes_per_s=1e8,
+        network_latency_s=1e-3,
+        collective_call_s=1e-3,
+        gpu_spread=0.0,
+        host_copy_bytes_per_s=1e10,
+        pinned_bytes_per_s=1e10,
+        storage_bytes_per_s=5e8,
+        storage_total_bytes_per_s=5e8,
+        failures_per_gpu_hour=0.0,
+        hang_share=0.0,
+        detect_s=1.0,
+        requeue_s=0.0,
+        start_s=10.0,
+    )

@@ -39,8 +39,10 @@ from pretrain.errors import (
     ConfigError,
     DivergenceError,
 )
+from pretrain.loop.control import Control
 from pretrain.loop.guard_config import GuardConfig
 from pretrain.loop.host_memory import HostMemory
+from pretrain.loop.lineage import FINISHED, STALLED, STOPPED, Lineage
 from pretrain.loop.lock import RunLock
 from pretrain.loop.passed_over import read_rewinds
 from pretrain.loop.record import Record
@@ -109,23 +111,42 @@ def _life(config: TrainConfig, world: World, stop: StopSignals, lock: RunLock) -
             "%s has all its %d steps; give more with run.steps=...", run_dir, inputs.state.step
         )
         return EXIT_FINISHED
+    control = Control(run_dir, world)
+    if control.is_stopped():
+        log.warning("%s stays at step %d: control/stop is there", run_dir, inputs.state.step)
+        return EXIT_SAVED_ON_SIGNAL
+    on_rank_0(world, control.open)
     on_rank_0(world, lambda: begin_life(config, run_dir))
-    with Watchdog(world, run_dir, limit_s=config.guards.stall_s) as watch:
-        session = _open_session(config, world, stop, inputs, lock, watch)
+    lineage = Lineage(run_dir, world, first_step=inputs.state.step, fence=lock.refresh)
+    watch = Watchdog(
+        world, run_dir, limit_s=config.guards.stall_s, at_end=lambda: lineage.end(STALLED)
+    )
+    with lineage, watch:
+        session = _open_session(config, world, stop, inputs, lock, watch, control)
         record = Record(config, run_dir, session.state, rank=world.rank)
-        _train(session, inputs.held_out, record, lock)
+        _train(session, inputs.held_out, record, lock, lineage)
         session.forget_batches()
-    state = session.state
-    is_finished = state.step >= last_step(config, state)
-    if world.is_main and not is_finished:
-        write_requeue_record(run_dir, state.step)
-    code = EXIT_FINISHED if is_finished else EXIT_SAVED_ON_SIGNAL
+        lineage.reason = _reason_to_leave(session)
+    code = EXIT_FINISHED if lineage.reason == FINISHED else EXIT_SAVED_ON_SIGNAL
+    if world.is_main and lineage.reason not in (FINISHED, STOPPED):
+        write_requeue_record(run_dir, session.state.step)
     for path in record.finish(code):
         log.info("plot: %s", path)
     return code
 
 
-def _train(session: Session, held_out: Batch, record: Record, lock: RunLock) -> None:
+def _reason_to_leave(session: Session) -> str:
+    """For the lineage, as rank 0 saw it: another rank's signal may have come first."""
+    if session.state.step >= last_step(session.config, session.state):
+        return FINISHED
+    if session.control.last.stop:
+        return STOPPED
+    return session.stop.received.name if session.stop.received else "a signal to another rank"
+
+
+def _train(
+    session: Session, held_out: Batch, record: Record, lock: RunLock, lineage: Lineage
+) -> None:
     """Drain the steps; validate before saving, so that a saved step has all its record."""
     config, guards = session.config, session.config.guards
     saves = Saves(session, record)
@@ -137,6 +158,7 @@ def _train(session: Session, held_out: Batch, record: Record, lock: RunLock) -> 
         if session.world.is_main:
             _refresh(lock, session)
         record.step(step)
+        lineage.last_step = step.step
         _stop_if_diverged(session.state, guards, saves)
         is_last = step.step == last_step(config, session.state)
         is_leaving = is_last or step.should_stop
@@ -148,6 +170,21 @@ def _train(session: Session, held_out: Batch, record: Record, lock: RunLock) -> 
             record.validation(session.state, _validate(session, held_out))
         session.watch.enter(step.step, "save")
         saves.after_step(step, is_leaving=is_leaving)
+        if step.should_pause and not is_leaving:
+            _pause(session, lock)
+
+
+def _pause(session: Session, lock: RunLock) -> None:
+    """Wait at this step boundary for as long as control/pause is there."""
+
+    def heartbeat() -> None:
+        session.watch.enter(session.state.step, "pause")
+        if session.world.is_main:
+            _refresh(lock, session)
+
+    session.control.wait_while_paused(
+        is_interrupted=lambda: session.stop.received is not None, heartbeat=heartbeat
+    )
 
 
 def _refresh(lock: RunLock, session: Session) -> None:
@@ -245,6 +282,7 @@ def _open_session(
     inputs: _Inputs,
     lock: RunLock,
     watch: Watchdog,
+    control: Control,
 ) -> Session:
     """Model, engine, data and counters, as the newest checkpoint left them."""
     run_dir = Path(config.run.dir)
@@ -284,6 +322,7 @@ def _open_session(
         stream=stream,
         state=state,
         stop=stop,
+        control=control,
         watch=watch,
         stragglers=Stragglers(world, config.guards),
         memory=HostMemory(world.rank, limit_bytes=config.guards.host_growth_bytes),

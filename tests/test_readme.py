@@ -11,6 +11,7 @@ from conftest import SMALL, run_cli, write_published_tokenizer
 from pretrain.adopt import complete
 from pretrain.cli import COMMANDS
 from pretrain.compose import load, write_frozen
+from pretrain.multirun import combinations
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -34,7 +35,9 @@ def check_pretrain(words: list[str], tmp_path: Path) -> None:
             overrides = words[len(names) :]
             if command.words == "adopt":
                 overrides = complete(overrides)
-            load(command.primary, overrides)
+            # what names a run by a swept value is not among the words
+            for job in combinations([word for word in overrides if word != "--multirun"]):
+                load(command.primary, job)
             return
     raise AssertionError(f"there is no command {words[0]}")
 

@@ -3,6 +3,7 @@
 Parts of the text are tokenized in parallel, then each source is packed in order, so the bytes do
 not depend on the number of processes. Everything grows in `.build` below the shard folder; a
 killed build goes on from there. Shards appear only when all of them are whole, the manifest last.
+Several jobs may tokenize side by side, each its share of the parts; one build then does the rest.
 """
 
 import fcntl
@@ -47,7 +48,10 @@ OVERHEAD = 1.05
 
 
 def main(config: TrainConfig) -> None:
-    """Build the shards of config.data, or say that they are there."""
+    """Build the shards of config.data or a job's share of them, or say that they are there."""
+    if config.data.build_task is not None:
+        build_share(config.data, config.tokenizer.path)
+        return
     manifest = build(config.data, config.tokenizer.path)
     print_manifest(manifest, config.data.shards)
 
@@ -57,6 +61,28 @@ def build(config: DataConfig, tokenizer_path: str) -> Manifest:
 
     Raises DataError if other shards are there, for bad text, and if the disk is full.
     """
+    found = _find(config, tokenizer_path)
+    if isinstance(found, Manifest):
+        return found
+    folder = Path(config.shards)
+    with _locked(folder, fcntl.LOCK_EX), _explaining_full_disk(folder):
+        return found.run()
+
+
+def build_share(config: DataConfig, tokenizer_path: str) -> None:
+    """Tokenize the parts of job config.build_task of config.build_tasks, beside the other jobs.
+
+    Raises what `build` raises.
+    """
+    found = _find(config, tokenizer_path)
+    folder = Path(config.shards)
+    if isinstance(found, _Build):
+        with _locked(folder, fcntl.LOCK_SH), _explaining_full_disk(folder):
+            found.run_share()
+
+
+def _find(config: DataConfig, tokenizer_path: str) -> "Manifest | _Build":
+    """Finished shards that are the ones asked for, or the build that would make them."""
     if is_url(config.shards):
         raise ConfigError(
             f"data.shards={config.shards} is a URL; build into a folder, then copy it there as it "
@@ -73,8 +99,7 @@ def build(config: DataConfig, tokenizer_path: str) -> Manifest:
             raise ConfigError(
                 f"Source {name!r} names a folder; it may hold no / and start with no dot."
             )
-    with _locked(folder), _explaining_full_disk(folder):
-        return _Build(config, tokenizer_path, tokenizer, settings, parts).run()
+    return _Build(config, tokenizer_path, tokenizer, settings, parts)
 
 
 class _Build:
@@ -102,7 +127,7 @@ class _Build:
     def run(self) -> Manifest:
         self._clear_others()
         self._work.mkdir(parents=True, exist_ok=True)
-        records = self._tokenize()
+        records = self._tokenize([part for own in self._parts.values() for part in own])
         self._check_space(records)
         shards = self._pack(records)
         for split in shards.values():
@@ -113,6 +138,18 @@ class _Build:
         commit(self._folder / MANIFEST_FILE, manifest.to_bytes())
         shutil.rmtree(self._folder / WORK_FOLDER)
         return read_manifest(self._folder)
+
+    def run_share(self) -> None:
+        """Leave the tokenized parts of one job of several where `run` finds them."""
+        task, tasks = self._config.build_task, self._config.build_tasks
+        self._work.mkdir(parents=True, exist_ok=True)
+        # dealt by size, whatever is done already: every job must come to the same shares
+        dealt = sorted(
+            (part for own in self._parts.values() for part in own),
+            key=lambda part: (-part.stored_bytes, part.source, part.index),
+        )
+        records = self._tokenize(dealt[task::tasks])
+        log.info("job %s of %d: %d of %d parts are there", task, tasks, len(records), len(dealt))
 
     def _clear_others(self) -> None:
         for other in self._work.parent.iterdir():
@@ -126,9 +163,8 @@ class _Build:
     def _files(self, part: Part) -> PartFiles:
         return PartFiles(self._stem(part), self._dtype)
 
-    def _tokenize(self) -> dict[Part, PartRecord]:
-        """Tokenize the parts that are not yet, in parallel."""
-        parts = [part for own in self._parts.values() for part in own]
+    def _tokenize(self, parts: list[Part]) -> dict[Part, PartRecord]:
+        """Tokenize those of the parts that are not yet, in parallel."""
         records = {part: self._files(part).read_record() for part in parts}
         missing = [part for part in parts if records[part] is None]
         if len(missing) < len(parts):
@@ -248,13 +284,13 @@ class _Build:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One build at a time in a folder."""
+def _locked(folder: Path, kind: int) -> Iterator[None]:
+    """One build at a time in a folder (LOCK_EX), or jobs that share one (LOCK_SH)."""
     work = folder / WORK_FOLDER
     work.mkdir(parents=True, exist_ok=True)
     with open(folder / WORK_FOLDER / "lock", "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DataError(
                 f"Another process builds shards in {folder}; wait for it, or end it."

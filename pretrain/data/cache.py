@@ -10,6 +10,7 @@ import logging
 import os
 import random
 import shutil
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -17,9 +18,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from errno import ENOSPC
 from pathlib import Path
+from string import Template
 from typing import Any
 
-from pretrain.errors import DamageError, DataError
+from pretrain.errors import ConfigError, DamageError, DataError
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +75,25 @@ def _open(url: str) -> Iterator[Any]:
         ) from error
     with opened as remote:
         yield remote
+
+
+def folder_here(cache: str) -> Path:
+    """The folder that `data.cache` means on this node.
+
+    Expanded this late since the frozen configuration is made elsewhere, once for all nodes.
+    TMPDIR is where this process may write temporary files, whether it is set or not. Raises
+    ConfigError for another variable that is not set.
+    """
+    variables = {**os.environ, "TMPDIR": tempfile.gettempdir()}
+    try:
+        return Path(Template(cache).substitute(variables))
+    except KeyError as error:
+        raise ConfigError(
+            f"data.cache={cache}: {error.args[0]} is not set on {os.uname().nodename}; set it "
+            "there, or use $TMPDIR."
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"data.cache={cache}: {error}; $ begins a name, $$ is a $.") from None
 
 
 class ShardCache:

@@ -102,6 +102,10 @@ class DataConfig:
     """Tokens of documents that best-fit packing looks at together."""
     build_workers: int = 0
     """Processes that tokenize; 0: as many as there are cores."""
+    build_tasks: int = 1
+    """Jobs that share the tokenizing; one build without build_task then packs what they made."""
+    build_task: int | None = None
+    """Which of these jobs this is, from 0: tokenize its share and stop; null: build to the end."""
     loader_workers: int = 1
     """Processes that read rows for one rank; 0: the training process reads them itself."""
     window_shards: int = 16
@@ -113,7 +117,10 @@ class DataConfig:
     quarantine_rows: int = 1000
     """Stop when so many rows of the run have been lost (on_damage: quarantine)."""
     cache: str = ""
-    """Folder for copies of remote shards on this node; needed if shards is a URL."""
+    """Folder for copies of remote shards on a node; needed if shards is a URL.
+
+    $NAME in it is the node's own variable, looked up where the run reads; $TMPDIR is always set.
+    """
     cache_bytes: int = 200_000_000_000
     """Remove the least recently used copies beyond this size."""
 
@@ -140,6 +147,11 @@ class DataConfig:
         starts = [milestone.from_tokens for milestone in self.milestones]
         if starts != sorted(set(starts)):
             raise ConfigError(f"data.milestones begin at {starts} tokens; they must ascend.")
+        if self.build_tasks < 1 or not 0 <= (self.build_task or 0) < self.build_tasks:
+            raise ConfigError(
+                f"data.build_task={self.build_task} is not one of data.build_tasks="
+                f"{self.build_tasks} jobs: give null, or 0 to {max(self.build_tasks, 1) - 1}."
+            )
         for name in ("build_workers", "loader_workers", "quarantine_rows"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"data.{name}={getattr(self, name)} must be 0 or more.")

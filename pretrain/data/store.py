@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pretrain.data.cache import ShardCache, is_url, read_remote
+from pretrain.data.cache import ShardCache, folder_here, is_url, read_remote
 from pretrain.data.config import DataConfig, OnDamage
 from pretrain.data.manifest import MANIFEST_FILE, Manifest, ShardManifest, read_manifest
 from pretrain.data.mixture import PERIOD
@@ -186,7 +186,7 @@ class ShardStore:
                     f"data.shards={config.shards} is a URL; set data.cache to a folder on this "
                     "node's own disk for copies of its shards."
                 )
-            self._cache = ShardCache(Path(config.cache), config.cache_bytes)
+            self._cache = ShardCache(folder_here(config.cache), config.cache_bytes)
             self._warn_of_thrashing(config)
         # all that were touched keep what they have verified; the last ones keep their file open
         self._readers: dict[tuple[int, int], ShardReader] = {}

@@ -23,6 +23,9 @@ from pretrain.errors import ConfigError
 FIRST_SPECIAL_STEP = 0xFFFF_FFF0
 # Ports chosen from a job id: above the well-known ones, below Linux's ephemeral range.
 FIRST_PORT, NUM_PORTS = 12_000, 20_000
+# Every life of a job has its own port: a process that the life before left behind may still hold
+# its. A prime, so that neighbouring jobs' lives do not meet either.
+PORTS_BETWEEN_LIVES = 7_919
 
 
 class Place(NamedTuple):
@@ -35,6 +38,9 @@ class Place(NamedTuple):
     """torch's init_method: env:// for a launcher that set it up, tcp://host:port, or nothing."""
     host: str = "127.0.0.1"
     """Where rank 0 is."""
+
+
+ALONE = Place(rank=0, size=1, local_rank=0, meeting="")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +101,13 @@ class World:
         return values
 
 
-def join(config: EngineConfig) -> World:
-    """Find this process's rank and device, and meet the others.
+def join(config: EngineConfig, place: Place | None = None) -> World:
+    """Find this process's rank and device, and meet the others; `place`, if any, says where it is.
 
     Sets LOCAL_RANK and DS_ACCELERATOR, which DeepSpeed reads. Raises ConfigError if the
     launcher's variables are incomplete or the device asked for does not exist.
     """
-    place = find_place(os.environ)
+    place = place or find_place(os.environ)
     device = _choose_device(config.device, place.local_rank)
     os.environ["LOCAL_RANK"] = str(device.index or 0 if device.type == "cuda" else place.local_rank)
     os.environ["DS_ACCELERATOR"] = device.type
@@ -152,7 +158,7 @@ def find_place(environ: Mapping[str, str]) -> Place:
         return _place_from_torchrun(environ)
     if _is_in_srun_step(environ):
         return _place_from_slurm(environ)
-    return Place(rank=0, size=1, local_rank=0, meeting="")
+    return ALONE
 
 
 def _place_from_torchrun(environ: Mapping[str, str]) -> Place:
@@ -181,6 +187,7 @@ def _place_from_slurm(environ: Mapping[str, str]) -> Place:
         size = int(environ.get("SLURM_STEP_NUM_TASKS") or environ["SLURM_NTASKS"])
         local_rank = int(environ["SLURM_LOCALID"])
         job = int(environ["SLURM_JOB_ID"])
+        restart = int(environ.get("SLURM_RESTART_COUNT") or 0)
         hosts = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]
     except KeyError as error:
         raise ConfigError(
@@ -189,7 +196,8 @@ def _place_from_slurm(environ: Mapping[str, str]) -> Place:
             "MASTER_PORT."
         ) from None
     address = environ.get("MASTER_ADDR") or first_host(hosts)
-    port = int(environ.get("MASTER_PORT") or FIRST_PORT + job % NUM_PORTS)
+    chosen = FIRST_PORT + (job + restart * PORTS_BETWEEN_LIVES) % NUM_PORTS
+    port = int(environ.get("MASTER_PORT") or chosen)
     return Place(rank, size, local_rank, f"tcp://{address}:{port}" if size > 1 else "", address)
 
 

@@ -4,8 +4,10 @@ config.yaml           the frozen configuration
 metrics.jsonl         one object per step and per validation
 metrics.discarded.jsonl   records of steps that a later life took again, or that were taken back
 quarantine.jsonl      rows that damage has cost (data.on_damage=quarantine)
+lineage.jsonl         one line when a life begins, one when it ends
 rewinds.jsonl         which rows were passed over after loss spikes
 stalls.jsonl          who held up the others when a life stood still
+control/              touch stop, save or pause in it to ask for that
 checkpoints/          whole checkpoints, `latest`, tags/ that keep some, damaged/ set aside
 logs/rank-00000.log   one log per rank, appended to by every life; .stacks: after a stall
 plots/                pictures of the record
@@ -13,6 +15,9 @@ evaluation/           what `pretrain evaluate` found
 replay/               what `pretrain replay` found
 wandb/                W&B's files
 lock.json             who is writing here now; lock.last: the token of who did last
+code/                 copies of the code that `pretrain submit` made, and jobs run from
+job.sbatch, job.sh    the script that it made; container.sh, hosts/: what goes with it
+submit.json           the jobs that it submitted
 requeue.json          left by a life that was told to stop: job, restart, step
 """
 
@@ -74,6 +79,9 @@ def begin_life(config: TrainConfig, run_dir: Path) -> None:
             log.warning("resuming with %s=%s (was %s)", key, now, was)
     write_frozen(config, run_dir)
     (run_dir / "requeue.json").unlink(missing_ok=True)
+    if named := os.environ.get("PRETRAIN_RUN_RECORD"):
+        # a batch script cannot know the folder, and judges progress by its checkpoints
+        _write_whole(Path(named), f"{run_dir.resolve()}\n")
 
 
 def log_to_folder(run_dir: Path, rank: int) -> None:
@@ -127,9 +135,13 @@ def write_requeue_record(run_dir: Path, step: int) -> None:
         "step": step,
     }
     for path in _requeue_paths(run_dir):
-        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-        temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        _write_whole(path, json.dumps(record) + "\n")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def _requeue_paths(run_dir: Path) -> list[Path]:

@@ -30,6 +30,7 @@ class Saves:
         for tag, step in self._config.tags.items():
             self._tags.setdefault(step, []).append(tag)
         self._last_skipped: int | None = None
+        self._is_asked = False
         self._blocked_s = 0.0
 
     def after_step(self, step: StepRecord, *, is_leaving: bool) -> None:
@@ -37,7 +38,10 @@ class Saves:
         saver = self._session.saver
         if saver.is_in_flight and (step.has_written or is_leaving):
             self._finish(must=False)
-        if self._is_due(step.step) or is_leaving:
+        # one that is on its way answers whoever asks meanwhile
+        is_asked = step.should_save and not self._is_asked
+        if self._is_due(step.step) or is_leaving or is_asked:
+            self._is_asked |= step.should_save
             self._save(must=is_leaving)
 
     def finish(self) -> None:
@@ -70,6 +74,7 @@ class Saves:
             self._finish(must=False)
         if existing := session.saver.has_saved(step):
             log.info("%s exists and is whole", existing)
+            self._answer()
             return
         if self._is_first_skip(step):
             self._tags.setdefault(step, []).append(SKIPPED)
@@ -94,9 +99,16 @@ class Saves:
             return
         self._blocked_s += time.monotonic() - started
         log.info("saved %s", saved.path)
+        self._answer()
         self._record.saved(self._session.state, saved, blocked_s=self._blocked_s)
         if self._session.world.is_main:
             self._keep(saved.path, saved.step)
+
+    def _answer(self) -> None:
+        """control/save has been obeyed, if it was there."""
+        if self._is_asked:
+            self._session.control.forget("save")
+        self._is_asked = False
 
     def _keep(self, path: Path, step: int) -> None:
         """Write the tags of a checkpoint, then delete those that are no longer wanted."""
@@ -110,4 +122,6 @@ class Saves:
     def _fail(self, error: CheckpointError, *, must: bool) -> None:
         if must:
             raise error
+        # tried once for whoever asked, and said; not again at every step
+        self._answer()
         log.error("training goes on without this save: %s", error)

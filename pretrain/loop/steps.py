@@ -17,6 +17,7 @@ from pretrain.engine.deepspeed import Engine
 from pretrain.engine.saving import Saver
 from pretrain.engine.world import World
 from pretrain.loop import spikes
+from pretrain.loop.control import Control
 from pretrain.loop.host_memory import HostMemory
 from pretrain.loop.lost_rows import note_lost_rows
 from pretrain.loop.micro_batches import labels_of, micro_batches, row_checksum
@@ -43,6 +44,7 @@ class Session:
     """This rank's rows of each step from a global row on."""
     state: TrainState
     stop: StopSignals
+    control: Control
     watch: Watchdog
     stragglers: Stragglers
     memory: HostMemory
@@ -69,6 +71,19 @@ class Session:
         self.batches = None
 
 
+class _Sums(NamedTuple):
+    """What the ranks add up once per step, before the update."""
+
+    nats: float
+    checksum: float
+    waited_s: float
+    lost: float
+    writing: float
+    stopping: float
+    saving: float
+    pausing: float
+
+
 class StepRecord(NamedTuple):
     """One finished step."""
 
@@ -77,7 +92,11 @@ class StepRecord(NamedTuple):
     metrics: dict[str, float]
     """Reduced over ranks; keys like loss/nats."""
     should_stop: bool
-    """A rank has been told to save and leave."""
+    """A rank has been told to save and leave, or control/stop is there."""
+    should_save: bool
+    """control/save is there."""
+    should_pause: bool
+    """control/pause is there."""
     has_written: bool
     """No rank is still writing a checkpoint."""
 
@@ -110,13 +129,10 @@ def _step(session: Session) -> StepRecord:
     nats = _forward_and_backward(session, batch, own, scale=1 / max(all_labels, 1.0))
     own_s = waited_s + time.monotonic() - counted
     watch.enter(number, "reduce")
-    should_stop, is_writing = session.stop.received is not None, session.saver.is_writing
-    nats, checksum, waited_s, stopping, writing, lost = world.sum(
-        [nats, row_checksum(batch), waited_s, should_stop, is_writing, len(batch.lost)]
-    )
-    if lost:
+    sums = _sum(session, nats=nats, batch=batch, waited_s=waited_s)
+    if sums.lost:
         note_lost_rows(config, world, state, batch)
-    loss = nats / max(all_labels, 1.0)
+    loss = sums.nats / max(all_labels, 1.0)
     if _changes_mixture(config, first_row):
         # another mixture has another loss: nothing to compare it with
         state.good_losses.clear()
@@ -136,9 +152,9 @@ def _step(session: Session) -> StepRecord:
         "optimizer/skipped_updates": state.skipped_updates,
         "data/first_row": first_row,
         "data/rows": config.rows_per_step,
-        "data/checksum": checksum,
+        "data/checksum": sums.checksum,
         "data/valid_tokens": all_labels,
-        "data/wait_s": waited_s / world.size,
+        "data/wait_s": sums.waited_s / world.size,
         "data/lost_rows": state.lost_rows,
         **_depth_metrics(depths),
         **_speed_metrics(config, world, depths, step_s),
@@ -146,8 +162,31 @@ def _step(session: Session) -> StepRecord:
         "memory/host_bytes": session.memory.measure(),
     }
     return StepRecord(
-        state.step, state.tokens, metrics, should_stop=stopping > 0, has_written=writing == 0
+        state.step,
+        state.tokens,
+        metrics,
+        should_stop=sums.stopping > 0,
+        should_save=sums.saving > 0,
+        should_pause=sums.pausing > 0,
+        has_written=sums.writing == 0,
     )
+
+
+def _sum(session: Session, *, nats: float, batch: Batch, waited_s: float) -> _Sums:
+    """The one sum over ranks of a step; wishes ride along with the loss."""
+    asked = session.control.poll()
+    is_stopping = asked.stop or session.stop.received is not None
+    own = _Sums(
+        nats,
+        row_checksum(batch),
+        waited_s,
+        len(batch.lost),
+        session.saver.is_writing,
+        is_stopping,
+        asked.save,
+        asked.pause,
+    )
+    return _Sums(*session.world.sum(list(own)))
 
 
 def _changes_mixture(config: TrainConfig, first_row: int) -> bool:

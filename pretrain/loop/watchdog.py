@@ -16,7 +16,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from pretrain.engine.world import World, exit_now
 from pretrain.errors import EXIT_STALLED
+from pretrain.loop.exit_record import note_exit
 
 log = logging.getLogger(__name__)
 
@@ -99,11 +100,20 @@ def _places(beats: Sequence[Beat]) -> str:
 class Watchdog:
     """Watches this rank while entered; see the top of the file.
 
-    `enter` at every place that may take long. A rank alone only watches itself.
+    `enter` at every place that may take long. A rank alone only watches itself. `at_end` is called
+    from its thread after the verdict, before the process ends.
     """
 
-    def __init__(self, world: World, run_dir: Path, *, limit_s: float) -> None:
+    def __init__(
+        self,
+        world: World,
+        run_dir: Path,
+        *,
+        limit_s: float,
+        at_end: Callable[[], None] = lambda: None,
+    ) -> None:
         self._world, self._run_dir, self._limit_s = world, run_dir, limit_s
+        self._at_end = at_end
         self._interval_s = min(_LONGEST_INTERVAL_S, limit_s / _BEATS_PER_LIMIT)
         self._place = (0, 0, "start", time.monotonic())
         self._has_ended = threading.Event()
@@ -196,6 +206,7 @@ class Watchdog:
         )
         last.daemon = True
         last.start()
+        note_exit(EXIT_STALLED)
         speaks = self._world.rank == 0 or verdict.startswith("rank 0 ")
         log.log(
             logging.ERROR if speaks else logging.INFO,
@@ -211,6 +222,7 @@ class Watchdog:
             path = self._run_dir / "logs" / f"rank-{self._world.rank:05d}.stacks"
             with path.open("a", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
+            self._at_end()
         except OSError as error:
             log.error("the stacks could not be written: %s", error)
         if self._world.is_main:

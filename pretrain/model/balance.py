@@ -43,17 +43,22 @@ class Wait:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Simulation:
-    """The core's work for each row of consecutive steps."""
+    """The depth of each row of consecutive steps."""
 
     depth: DepthConfig
     """The law, scope and sampling that were simulated."""
-    work: NDArray[np.int64]
-    """Forward passes of the core, int64 [steps, rows]."""
+    totals: NDArray[np.int64]
+    """Iterations of the core for each row, int64 [steps, rows]."""
+
+    @property
+    def work(self) -> NDArray[np.int64]:
+        """Forward passes of the core, int64 [steps, rows]."""
+        return core_work(self.totals, self.depth.backprop)
 
     @property
     def steps(self) -> int:
         """Optimizer steps simulated."""
-        return len(self.work)
+        return len(self.totals)
 
     @property
     def step_variation(self) -> float:
@@ -63,16 +68,9 @@ class Simulation:
 
     def wait(self, layout: Layout) -> Wait:
         """How long ranks wait; each runs its deepest rows first."""
-        steps, rows = self.work.shape
-        assert rows % (layout.ranks * layout.micro_rows) == 0, (rows, layout)
-        work = self.work.reshape(steps, layout.ranks, -1)
-        if layout.is_meeting_often:
-            deepest_first = -np.sort(-work, axis=2)
-            micro = deepest_first.reshape(steps, layout.ranks, -1, layout.micro_rows).sum(axis=3)
-            slowest = micro.max(axis=1).sum(axis=1)
-        else:
-            slowest = work.sum(axis=2).max(axis=1)
-        mean = work.sum(axis=(1, 2)) / layout.ranks
+        steps, work = self.steps, self.work
+        slowest = slowest_rank(work, layout)
+        mean = work.sum(axis=1) / layout.ranks
         ratio = float(slowest.sum() / mean.sum())
         # of a ratio of means: the spread of what the ratio does not explain
         spread = (
@@ -81,13 +79,32 @@ class Simulation:
         return Wait(slowest=ratio, error=spread / math.sqrt(steps))
 
 
+def slowest_rank(
+    work: NDArray[np.int64] | NDArray[np.float64], layout: Layout
+) -> NDArray[np.float64]:
+    """Work [steps, rows] that each step waits for, [steps], where ranks run deepest rows first.
+
+    Where ranks meet at every micro-step, it is the sum of the largest micro-batches.
+    """
+    steps, rows = work.shape
+    assert rows % (layout.ranks * layout.micro_rows) == 0, (rows, layout)
+    of_ranks = work.reshape(steps, layout.ranks, -1)
+    if layout.is_meeting_often:
+        deepest_first = -np.sort(-of_ranks, axis=2)
+        micro = deepest_first.reshape(steps, layout.ranks, -1, layout.micro_rows).sum(axis=3)
+        slowest = micro.max(axis=1).sum(axis=1)
+    else:
+        slowest = of_ranks.sum(axis=2).max(axis=1)
+    return slowest.astype(np.float64)
+
+
 def simulate(depth: DepthConfig, *, seed: int, rows: int, steps: int) -> Simulation:
     """`steps` steps with `rows` rows each, as training deals them once a curriculum is over."""
     law = settled(depth)
     totals = [
         step_totals(law, seed=seed, first_row=step * rows, rows=rows) for step in range(steps)
     ]
-    return Simulation(depth=depth, work=core_work(np.stack(totals), depth.backprop))
+    return Simulation(depth=depth, totals=np.stack(totals))
 
 
 def affordable_steps(rows: int, *, seconds: float) -> int:

@@ -16,7 +16,7 @@ import pytest
 import webdataset as wds
 
 from pretrain.data import progress, write
-from pretrain.data.build import _Build, _explaining_full_disk, build
+from pretrain.data.build import _Build, _explaining_full_disk, build, build_share
 from pretrain.data.config import Corpus, DataConfig, SourceConfig
 from pretrain.data.manifest import read_manifest
 from pretrain.data.parts import is_held_out
@@ -98,6 +98,45 @@ def test_processes_do_not_change_the_bytes(config, tokenizer_folder, tmp_path):
     assert first == second
     assert {"manifest.json", "inputs.json", "books/train-000000.tar"} <= first.keys()
     assert not any(name.startswith(".build") for name in first)
+
+
+def test_jobs_that_share_the_tokenizing_do_not_change_the_bytes(
+    config, corpus, tokenizer_folder, tmp_path, caplog
+):
+    build(config, tokenizer_folder)
+    there = tmp_path / "shared"
+    for task in (2, 0, 1):
+        build_share(make_config(corpus, there, build_tasks=3, build_task=task), tokenizer_folder)
+        assert not (there / "manifest.json").exists()
+    parts = list(there.glob(".build/*/parts/*/*.json"))
+    assert len(parts) == sum(len(own) for own in find_parts(config).values()) == 9
+    with caplog.at_level(logging.INFO):
+        build(make_config(corpus, there), tokenizer_folder)
+    assert "9 of 9 parts were tokenized before" in caplog.text
+    assert tree(there) == tree(config.shards)
+
+
+def test_what_a_missing_job_would_have_made_is_made_at_the_end(
+    config, corpus, tokenizer_folder, tmp_path
+):
+    build(config, tokenizer_folder)
+    there = tmp_path / "shared"
+    build_share(make_config(corpus, there, build_tasks=2, build_task=1), tokenizer_folder)
+    build(make_config(corpus, there), tokenizer_folder)
+    assert tree(there) == tree(config.shards)
+
+
+def test_jobs_share_a_folder_with_each_other_and_with_nobody_else(config, corpus, tokenizer_folder):
+    share = make_config(corpus, config.shards, build_tasks=2, build_task=0)
+    (Path(config.shards) / ".build").mkdir(parents=True)
+    with open(Path(config.shards) / ".build/lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        build_share(share, tokenizer_folder)
+        with pytest.raises(DataError, match="Another process builds"):
+            build(config, tokenizer_folder)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="Another process builds"):
+            build_share(share, tokenizer_folder)
 
 
 def test_every_token_of_every_document_is_in_its_split(config, tokenizer_folder):

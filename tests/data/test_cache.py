@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import multiprocessing
 import os
+import tempfile
 import threading
 import urllib.error
 from functools import partial
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.data.cache import ATTEMPTS, ShardCache, read_remote
+from pretrain.compose import load, thaw, write_frozen
+from pretrain.data.cache import ATTEMPTS, ShardCache, folder_here, read_remote
 from pretrain.data.config import Corpus, DataConfig
 from pretrain.data.loader import stream_batches
 from pretrain.errors import ConfigError, DataError
@@ -159,7 +161,8 @@ def fetch_when_all_are_ready(folder, url, expected, barrier):
     ShardCache(folder, 10_000_000).fetch(url, **expected)
 
 
-def test_a_run_reads_the_same_rows_through_the_cache(make_shards, server, tmp_path):
+def test_a_run_reads_the_same_rows_through_the_cache(make_shards, server, tmp_path, monkeypatch):
+    monkeypatch.setenv("NODE_DISK", str(tmp_path))
     local = make_shards({"a": (60, 0.6), "b": (60, 0.4)})
     remote = DataConfig(
         name="test",
@@ -170,7 +173,7 @@ def test_a_run_reads_the_same_rows_through_the_cache(make_shards, server, tmp_pa
         window_shards=local.window_shards,
         loader_workers=2,
         sources=local.sources,
-        cache=str(tmp_path / "cache"),
+        cache="$NODE_DISK/cache",
         # less than all shards: copies leave and come back
         cache_bytes=60_000,
     )
@@ -184,6 +187,30 @@ def test_a_run_reads_the_same_rows_through_the_cache(make_shards, server, tmp_pa
     assert rows(remote) == rows(local)
     copies = list((tmp_path / "cache").glob("*.tar"))
     assert 0 < sum(copy.stat().st_size for copy in copies) <= 60_000
+
+
+def test_the_folder_is_that_of_the_node_that_reads(tmp_path, monkeypatch):
+    """The login node's TMPDIR is not in what it freezes."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "login"))
+    write_frozen(load("train", ["data=huginn-mix"]), tmp_path)
+    cache = thaw(tmp_path).data.cache
+    (tmp_path / "node").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "node"))
+    # what Python has looked up before
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    assert folder_here(cache) == tmp_path / "node/pretrain-shards"
+    monkeypatch.delenv("TMPDIR")
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    assert folder_here(cache) == Path(tempfile.gettempdir()) / "pretrain-shards"
+
+
+@pytest.mark.parametrize(
+    ("cache", "said"),
+    [("$NO_SUCH_DISK/x", "NO_SUCH_DISK is not set on "), ("/x/$/y", r"\$\$ is a \$")],
+)
+def test_a_folder_that_means_nothing_on_this_node_is_refused(cache, said):
+    with pytest.raises(ConfigError, match=said):
+        folder_here(cache)
 
 
 def test_other_urls_go_through_fsspec(tmp_path):

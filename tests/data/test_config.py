@@ -45,6 +45,13 @@ def test_numbers_out_of_range_are_refused_by_name(name, value):
         make(**{name: value})
 
 
+@pytest.mark.parametrize(("task", "tasks"), [(2, 2), (-1, 2), (0, 0), (None, 0)])
+def test_a_job_of_a_shared_build_is_one_of_them(task, tasks):
+    with pytest.raises(ConfigError, match=rf"build_task={task} is not one of .*={tasks} jobs"):
+        make(build_task=task, build_tasks=tasks)
+    assert make(build_task=1, build_tasks=2).build_task == 1
+
+
 @pytest.mark.parametrize("weight", [-1.0, math.inf, math.nan])
 def test_a_weight_that_is_no_share_is_refused(weight):
     with pytest.raises(ConfigError, match="0 or more"):

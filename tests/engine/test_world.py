@@ -52,6 +52,12 @@ def test_two_jobs_on_a_host_meet_at_different_ports() -> None:
     assert find_place(SRUN).meeting != find_place(SRUN | {"SLURM_JOB_ID": "4243"}).meeting
 
 
+def test_a_life_does_not_meet_where_the_life_before_may_still_listen() -> None:
+    lives = [find_place(SRUN | {"SLURM_RESTART_COUNT": str(n)}).meeting for n in range(100)]
+    assert lives[0] == find_place(SRUN).meeting
+    assert len(set(lives)) == 100
+
+
 @pytest.mark.parametrize("step", ["", "batch", "interactive", "4294967290", "4294967291"])
 def test_a_batch_script_or_interactive_shell_is_alone(step: str) -> None:
     environ = SRUN | {"SLURM_STEP_ID": step}

@@ -28,12 +28,12 @@ def dealt_longest_first(rows, lanes, steps):
     """Stratified draws dealt as the design says, one lane after the other."""
     generator = np.random.default_rng(0)
     law = DepthLaw.of(PUBLISHED)
-    work = []
+    totals = []
     for _ in range(steps):
-        loads = core_work(law.quantile((np.arange(rows) + generator.random()) / rows), 8)
-        hands = longest_first(loads, lanes)
-        work.append(loads[generator.permuted(hands, axis=1)].reshape(-1))
-    return Simulation(depth=PUBLISHED, work=np.stack(work))
+        drawn = law.quantile((np.arange(rows) + generator.random()) / rows)
+        hands = longest_first(core_work(drawn, 8), lanes)
+        totals.append(drawn[generator.permuted(hands, axis=1)].reshape(-1))
+    return Simulation(depth=PUBLISHED, totals=np.stack(totals))
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,8 @@ def test_lockstep_never_waits_but_steps_differ():
 
 def test_ranks_that_meet_often_wait_for_each_micro_step():
     """Two ranks of two rows by hand: sums 5 and 5; deepest first 4 + 1 against 3 + 2."""
-    simulation = Simulation(depth=PUBLISHED, work=np.array([[1, 4, 3, 2]]))
+    # up to 8 iterations all carry gradient, so work is in proportion to depth
+    simulation = Simulation(depth=PUBLISHED, totals=np.array([[1, 4, 3, 2]]))
     assert simulation.wait(layout(2)).slowest == 1
     assert simulation.wait(layout(2, zero_stage=2)).slowest == (4 + 2) / 5
     assert simulation.wait(layout(2, zero_stage=3, micro_rows=2)).slowest == 1

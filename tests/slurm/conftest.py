@@ -1,144 +1,86 @@
-"""A private SLURM: one controller and two node daemons on this host, in a folder of their own.
+"""A private SLURM, a project folder that jobs are submitted from, and what recoveries took.
 
-Daemons run in the foreground as children of pytest and end with it. It needs root, because
-slurmd starts tasks in the name of users; nothing outside the folder is touched.
+With PRETRAIN_SLURM_TESTS=required a test that cannot run fails.
 """
 
+import json
 import os
 import shutil
-import signal
-import socket
-import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from network import two_hosts
+from private_slurm import NEEDED, ROOT, Slurm, find_program, start_daemons
+from watching import Project, Watched, job_environment
 
-ROOT = Path(__file__).resolve().parents[2]
-NEEDED = ("munged", "mungekey", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
-NODES = ("node1", "node2")
+from conftest import SMALL
 
-CONFIGURATION = """
-ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
-SlurmUser={user}
-SlurmdUser={user}
-AuthType=auth/munge
-CryptoType=crypto/munge
-# By default a job that queues again waits for 120 s, the life of its credential.
-AuthInfo=socket={folder}/munge.socket,cred_expire=5
-MpiDefault=none
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU
-SchedulerType=sched/backfill
-SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0,requeue_delay=0
-ReturnToService=2
-SlurmctldTimeout=10
-SlurmdTimeout=10
-KillWait=5
-MessageTimeout=10
-JobRequeue=1
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool-%n
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd-%n.pid
-SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd-%n.log
-# The host may have fewer CPUs than its two nodes declare.
-SlurmdParameters=config_overrides
-NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=8 RealMemory=4000
-NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=8 RealMemory=4000
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
-"""
+IS_REQUIRED = os.environ.get("PRETRAIN_SLURM_TESTS") == "required"
+RECOVERIES = pytest.StashKey[dict[str, float]]()
 
 
-@dataclass
-class Slurm:
-    """The running daemons and how to speak to them."""
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[RECOVERIES] = {}
 
-    folder: Path
-    daemons: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
-    @property
-    def environment(self) -> dict[str, str]:
-        """Where clients find the controller; the nodes have no names that resolve."""
-        clean = {key: value for key, value in os.environ.items() if "SLURM" not in key}
-        return {
-            **clean,
-            "SLURM_CONF": str(self.folder / "slurm.conf"),
-            "MASTER_ADDR": "127.0.0.1",
-            "OMP_NUM_THREADS": "1",
-        }
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    if found := config.stash.get(RECOVERIES, {}):
+        terminalreporter.section("from the fault to the first step of the next life, in seconds")
+        terminalreporter.write_line(json.dumps(found, indent=1))
 
-    def start(self, *command: str) -> None:
-        """Starts a daemon in the foreground, with its output in the folder."""
-        with (self.folder / "daemons.log").open("ab") as log:
-            self.daemons.append(
-                subprocess.Popen(command, stdout=log, stderr=log, env=self.environment)
-            )
 
-    def command(self, *words: str, cwd: Path = ROOT) -> str:
-        """Output of one client command, which must succeed."""
-        done = subprocess.run(words, cwd=cwd, env=self.environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
-        return done.stdout.strip()
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    report = yield
+    if IS_REQUIRED and report.skipped and item.get_closest_marker("slurm"):
+        report.outcome = "failed"
+        report.longrepr = f"SLURM tests are required here, but this one was skipped: {call.excinfo}"
+    return report
 
-    def submit(self, *words: str, cwd: Path = ROOT) -> str:
-        """Queues a job; returns its id."""
-        return self.command("sbatch", "--parsable", *words, cwd=cwd)
 
-    def job(self, job_id: str) -> dict[str, str]:
-        """What the controller knows about a job."""
-        shown = self.command("scontrol", "show", "job", "--oneliner", job_id)
-        return dict(word.split("=", 1) for word in shown.split() if "=" in word)
+@pytest.fixture(scope="session")
+def recoveries(pytestconfig: pytest.Config) -> dict[str, float]:
+    """Seconds from a fault to the first step of the next life, by what was done."""
+    return pytestconfig.stash[RECOVERIES]
 
-    def wait(self, job_id: str, *states: str, timeout_s: float = 60) -> dict[str, str]:
-        """Waits until the job is in one of the states; returns what is known about it."""
-        deadline = time.monotonic() + timeout_s
-        while (job := self.job(job_id))["JobState"] not in states:
-            assert time.monotonic() < deadline, f"job {job_id} is {job['JobState']}: {job}"
-            time.sleep(0.1)
-        return job
 
-    def stop(self) -> None:
-        """Ends jobs first, because their tasks are no children of ours; then the daemons."""
-        subprocess.run(["scancel", "--user", str(os.getuid())], env=self.environment)
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline and self.command("squeue", "--noheader"):
-            time.sleep(0.1)
-        for daemon in reversed(self.daemons):
-            daemon.send_signal(signal.SIGTERM)
-        for daemon in reversed(self.daemons):
-            try:
-                daemon.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-                daemon.wait()
+@pytest.fixture(scope="module")
+def separate_slurm() -> Iterator[Slurm]:
+    """A SLURM of two nodes with addresses of their own, and names that resolve only there."""
+    check_slurm()
+    with two_hosts() as places, running(**places) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Slurm]:
-    """A SLURM of two idle nodes."""
+    """A SLURM of idle nodes that share this host's address."""
+    check_slurm()
+    with running() as cluster:
+        yield cluster
+
+
+def check_slurm() -> None:
+    """Skips where no SLURM can be started."""
     missing = [name for name in NEEDED if not find_program(name)]
     reason = f"not found: {', '.join(missing)}" if missing else ""
     if not missing and os.getuid() != 0:
         reason = "slurmd needs root to start tasks"
     if reason:
-        if os.environ.get("PRETRAIN_SLURM_TESTS") == "required":
-            pytest.fail(f"SLURM tests are required here, but {reason}")
         pytest.skip(f"{reason}; on Debian: apt-get install slurm-wlm munge")
+
+
+@contextmanager
+def running(**places: Any) -> Iterator[Slurm]:
+    """A SLURM that ends with the block, in a folder that goes with it."""
     # A socket's path has at most 107 characters, so not below pytest's folder.
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     folder.chmod(0o755)
-    cluster = Slurm(folder)
+    cluster = Slurm(folder, **places)
     try:
         start_daemons(cluster)
         yield cluster
@@ -147,70 +89,36 @@ def slurm() -> Iterator[Slurm]:
         shutil.rmtree(folder)
 
 
-def start_daemons(cluster: Slurm) -> None:
-    folder = cluster.folder
-    for name in ("state", *(f"spool-{node}" for node in NODES)):
-        (folder / name).mkdir()
-    content = CONFIGURATION.format(
-        host=socket.gethostname().split(".")[0],
-        user="root",
-        folder=folder,
-        ports=free_ports(1 + len(NODES)),
-    )
-    (folder / "slurm.conf").write_text(content)
-    subprocess.run([program("mungekey"), "--create", f"--keyfile={folder}/munge.key"], check=True)
-    cluster.start(
-        program("munged"),
-        "--foreground",
-        "--force",
-        f"--key-file={folder}/munge.key",
-        f"--socket={folder}/munge.socket",
-        f"--pid-file={folder}/munge.pid",
-        f"--log-file={folder}/munge.log",
-        f"--seed-file={folder}/munge.seed",
-    )
-    wait_until(lambda: (folder / "munge.socket").exists(), cluster)
-    cluster.start(program("slurmctld"), "-D", "-c")
-    for node in NODES:
-        cluster.start(program("slurmd"), "-D", "-N", node)
-    wait_until(lambda: idle_nodes(cluster) == list(NODES), cluster)
+@pytest.fixture(scope="session")
+def project(tmp_path_factory, workspace):
+    """The scripts as a user has them, raw text, tokenizer and shards."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("launch", "slurm"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.log"))
+    shutil.copytree(workspace, folder, dirs_exist_ok=True)
+    shutil.rmtree(folder / "out/runs", ignore_errors=True)
+    return Project(folder)
 
 
-def idle_nodes(cluster: Slurm) -> list[str]:
-    shown = subprocess.run(
-        ["sinfo", "--noheader", "--Node", "--states=idle", "--format=%N"],
-        env=cluster.environment,
-        capture_output=True,
-        text=True,
-    )
-    return shown.stdout.split()
+@pytest.fixture(scope="session")
+def submit(slurm, project):
+    """Submits a script of the project."""
+    with job_environment():
+        yield lambda *words: slurm.submit(*words, cwd=project.folder)
 
 
-def wait_until(is_true, cluster: Slurm, timeout_s: float = 30) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not is_true():
-        logs = "".join(
-            f"\n{path.name}:\n{path.read_text()[-2000:]}"
-            for path in sorted(cluster.folder.glob("*.log"))
-        )
-        assert time.monotonic() < deadline, f"the private SLURM does not start:{logs}"
-        time.sleep(0.1)
+@pytest.fixture(scope="session")
+def timed_job(slurm, project, submit) -> Watched:
+    """A job of two minutes that pauses at its first step until SLURM says that time is up.
 
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [server.getsockname()[1] for server in sockets]
-    for server in sockets:
-        server.close()
-    return ports
-
-
-def find_program(name: str) -> str | None:
-    """Daemons are often outside a user's PATH."""
-    return shutil.which(name) or shutil.which(name, path="/usr/local/sbin:/usr/sbin:/sbin")
-
-
-def program(name: str) -> str:
-    path = find_program(name)
-    assert path is not None
-    return path
+    Whoever has something else to do meanwhile asks for it early.
+    """
+    run_dir = project.folder / "out/runs/timed"
+    (run_dir / "control").mkdir(parents=True)
+    (run_dir / "control/pause").touch()
+    job_id = submit(
+        "--time=2", "--signal=USR1@60", "--nodelist=node4", "--ntasks-per-node=1",
+        "--gpus-per-node=0", "--cpus-per-task=1", "slurm/train.sbatch", *SMALL,
+        f"run.dir={run_dir}",
+    )  # fmt: skip
+    return Watched(run_dir, project, job_id, slurm)

@@ -1,0 +1,1 @@
+"""How a run becomes a job: code snapshot, script, queue, hosts. Torch-free."""

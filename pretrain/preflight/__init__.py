@@ -1,0 +1,1 @@
+"""What is looked at before a run: a machine, a node of a job, its nodes side by side, its ranks."""

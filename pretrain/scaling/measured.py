@@ -1,0 +1,181 @@
+"""Measured steps beside what the model says of the same steps: fit, prediction, residuals.
+
+A run's record names its steps, and its law gives the depth of every row of them, so nothing
+about a step is averaged before it is compared.
+"""
+
+import csv
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain.config import TrainConfig
+from pretrain.errors import DataError
+from pretrain.model.cost import TokenFlops
+from pretrain.model.depth import step_totals
+from pretrain.scaling.compute import optimizer_s
+from pretrain.scaling.estimate import step_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """Steps of a record: the depths of their rows, and how long they took."""
+
+    totals: NDArray[np.int64]
+    """Iterations, [steps, rows]."""
+    seconds: NDArray[np.float64]
+    """Measured, [steps]."""
+
+    def every(self, stride: int, start: int) -> "Steps":
+        """Each step whose place is start, start + stride, ..."""
+        return Steps(self.totals[start::stride], self.seconds[start::stride])
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Predicted and measured seconds of the same steps."""
+
+    predicted: NDArray[np.float64]
+    """By the model, [steps]."""
+    measured: NDArray[np.float64]
+    """By the run, [steps]."""
+
+    @property
+    def errors(self) -> NDArray[np.float64]:
+        """Predicted over measured, less 1."""
+        return self.predicted / self.measured - 1
+
+    @property
+    def bias(self) -> float:
+        """Total predicted time over total measured time, less 1."""
+        return float(self.predicted.sum() / self.measured.sum() - 1)
+
+    @property
+    def explained(self) -> float:
+        """R^2: share of the variance between steps that the prediction explains; may be below 0."""
+        residual = ((self.measured - self.predicted) ** 2).sum()
+        return 1 - float(residual / ((self.measured - self.measured.mean()) ** 2).sum())
+
+
+def read_steps(path: Path, config: TrainConfig) -> Steps:
+    """The steps of a metrics.jsonl but the first, which warms up.
+
+    Raises DataError where the record's depths are not those of the configuration.
+    """
+    with path.open(encoding="utf-8") as file:
+        records = [json.loads(line) for line in file]
+    records = [record for record in records if "speed/step_s" in record][1:]
+    totals = [_totals(path, record, config) for record in records]
+    return Steps(np.stack(totals), np.array([record["speed/step_s"] for record in records]))
+
+
+def _totals(path: Path, record: dict[str, Any], config: TrainConfig) -> NDArray[np.int64]:
+    rows, step = config.rows_per_step, record["step"]
+    totals = step_totals(config.depth, seed=config.run.seed, first_row=(step - 1) * rows, rows=rows)
+    if abs(totals.mean() - record["depth/mean"]) > 1e-9:
+        raise DataError(
+            f"{path}: step {step} has mean depth {record['depth/mean']}, this configuration gives "
+            f"{totals.mean()} for {rows} rows and run.seed={config.run.seed}."
+        )
+    return totals
+
+
+def compare(config: TrainConfig, steps: Steps) -> Comparison:
+    """What the model says of steps, without any spread between GPUs."""
+    return Comparison(step_seconds(config, steps.totals), steps.seconds)
+
+
+def fitted(config: TrainConfig, steps: Steps) -> TrainConfig:
+    """The configuration with the two utilizations that fit the steps of one GPU best.
+
+    Least squares on seconds = iterations without gradient / rate + the rest / other rate; the
+    optimizer's time is taken from the model. Raises DataError if the steps were not one GPU's, or
+    too few or too alike to tell the two rates apart.
+    """
+    if config.cluster.ranks != 1:
+        raise DataError(f"Rates are fitted to one GPU's steps, not {config.cluster.ranks} GPUs'.")
+    flops, context = TokenFlops.of(config.model), config.model.context
+    with_grad = np.minimum(steps.totals, config.depth.backprop)
+    forward = flops.iteration * (steps.totals - with_grad)
+    if config.engine.checkpoint_activations:
+        forward = forward + flops.iteration * with_grad
+    training = 3 * flops.once + 3 * flops.iteration * with_grad
+    # at the peak rate, so that the solution is the inverse of a utilization
+    peak = config.cluster.gpu_flops
+    work = np.stack([forward.sum(axis=1), training.sum(axis=1)], axis=1) * context / peak
+    inverse = np.linalg.lstsq(work, steps.seconds - optimizer_s(config), rcond=None)[0]
+    if not (inverse >= 1).all():
+        raise DataError(
+            f"{len(steps.seconds)} steps give utilizations of {1 / inverse[0]:.3g} without and "
+            f"{1 / inverse[1]:.3g} with gradient, which must be in (0, 1]: give more steps, whose "
+            "depths differ more."
+        )
+    hardware = replace(config.cluster.hardware, forward_utilization=float(1 / inverse[0]))
+    cluster = replace(config.cluster, utilization=float(1 / inverse[1]), hardware=hardware)
+    return replace(config, cluster=cluster)
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """Speed on several GPUs over as many times that of one."""
+
+    gpus: int
+    """GPUs of one host."""
+    gpu: str
+    """Their name."""
+    zero_stage: int
+    """ZeRO stage."""
+    predicted: float
+    """By the model."""
+    measured: float
+    """By the run."""
+
+
+def read_scaled(path: Path, config: TrainConfig, *, steps: range) -> list[Scaled]:
+    """What kernels/benchmarks/reliability.py measured as part `zero`; none: an empty list.
+
+    `config` is that of the runs on one GPU, `steps` those that were timed. The GPU's rate is taken
+    from the one-GPU run in the same rows, so only waiting and communication are predicted.
+
+    Raises DataError where several GPUs of a kind were measured but not one.
+    """
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["part"] == "zero"]
+    single = {row["gpu"]: row for row in rows if row["what"] == "ZeRO-1, one GPU"}
+    found = []
+    for row in rows:
+        stage = row["what"].removeprefix("ZeRO-")
+        if row["unit"] != "tokens/s" or stage not in ("1", "2", "3"):
+            continue
+        if row["gpu"] not in single:
+            raise DataError(f"{path}: no row 'ZeRO-1, one GPU' for {row['gpu']}.")
+        one, gpus = float(single[row["gpu"]]["value"]), int(row["gpus"])
+        predicted = _predict_scaled(config, one, gpus=gpus, stage=int(stage), steps=steps)
+        measured = float(row["value"]) / one / gpus
+        found.append(Scaled(gpus, row["gpu"], int(stage), predicted, measured))
+    return found
+
+
+def _predict_scaled(
+    config: TrainConfig, tokens_per_s: float, *, gpus: int, stage: int, steps: range
+) -> float:
+    rows, seed = config.rows_per_step, config.run.seed
+    totals = np.stack(
+        [
+            step_totals(config.depth, seed=seed, first_row=(step - 1) * rows, rows=rows)
+            for step in steps
+        ]
+    )
+    expected = config.batch.global_tokens * len(totals) / step_seconds(config, totals).sum()
+    cluster = replace(config.cluster, gpu_flops=config.cluster.gpu_flops * tokens_per_s / expected)
+    one = replace(config, cluster=cluster)
+    many = replace(
+        config,
+        cluster=replace(cluster, gpus_per_node=gpus),
+        engine=replace(config.engine, zero_stage=stage),
+    )
+    return float(step_seconds(one, totals).sum() / step_seconds(many, totals).sum() / gpus)

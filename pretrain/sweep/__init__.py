@@ -1,0 +1,1 @@
+"""Commands about the runs that one `pretrain submit --multirun` has submitted."""

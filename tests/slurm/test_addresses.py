@@ -1,0 +1,26 @@
+"""Nodes with addresses of their own: ranks find each other by what SLURM says inside the job."""
+
+import pytest
+from watching import FINISHED, Watched, job_environment
+
+from conftest import SMALL
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+
+def test_ranks_on_two_hosts_meet_by_the_name_of_the_first(separate_slurm, project, monkeypatch):
+    # as a site file says it; gloo would else take the address that the machine's name stands for
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    run_dir = project.folder / "out/runs/addresses"
+    with job_environment():
+        job_id = separate_slurm.submit(
+            "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1",
+            "--job-name=addresses", "slurm/train.sbatch", *SMALL, f"run.dir={run_dir}",
+            cwd=project.folder,
+        )  # fmt: skip
+    watched = Watched(run_dir, project, job_id, separate_slurm)
+    job = separate_slurm.wait(job_id, *FINISHED, timeout_s=240)
+    assert job["ExitCode"] == "0:0", project.log(job_id)
+    (life,) = watched.lives()
+    assert (life.nodes, life.ranks, life.reason) == (["host1", "host2"], 2, "finished")
