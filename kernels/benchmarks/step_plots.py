@@ -1,0 +1,93 @@
+"""Pictures of the measured step: tokens/s against rows, and milliseconds of a row by class.
+
+    python kernels/benchmarks/step_plots.py
+
+Reads results/step.csv and results/2026-11-26-h200/step-classes.csv, writes docs/images/step-*.png.
+"""
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+IMAGES = HERE.parents[1] / "docs/images"
+GPU = "NVIDIA H200"
+NAMES = {
+    ("reference", "bf16"): "plain modules",
+    ("compiled", "bf16"): "torch.compile",
+    ("fused", "bf16"): "fused, bf16",
+    ("fused", "fp8-prefix"): "fused, float8 without gradient",
+    ("fused", "fp8"): "fused, float8 everywhere",
+}
+CLASSES = (
+    "matrix product", "attention", "elementwise and other", "quantize", "norm chain",
+    "copies and fills", "cross-entropy",
+)  # fmt: skip
+
+
+def main() -> None:
+    """Draw both."""
+    plot_rows()
+    plot_classes()
+
+
+def plot_rows() -> None:
+    """The newest measurement of each path at each number of rows."""
+    with (HERE / "results/step.csv").open() as file:
+        rows = [
+            row
+            for row in csv.DictReader(file)
+            if (row["gpu"], row["zero"], row["no_grad"], row["with_grad"]) == (GPU, "0", "24", "8")
+        ]
+    curves: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+    for row in rows:
+        curves[row["path"], row["precision"]][int(row["rows"])] = float(row["tokens_per_s_per_gpu"])
+    figure, axes = plt.subplots(figsize=(6, 3.4))
+    for key, name in NAMES.items():
+        points = sorted(curves[key].items())
+        axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", label=name)
+    axes.set(
+        xlabel="rows of 4,096 tokens", ylabel="tokens/s", ylim=(0, 5200), xticks=[1, 2, 3, 4],
+        title="huginn-3.5b, (24, 8) iterations, forward and backward, one H200, 20 s",
+    )  # fmt: skip
+    axes.title.set_fontsize(9)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, loc="lower right")
+    save(figure, "step-rows.png")
+
+
+def plot_classes() -> None:
+    """Milliseconds of kernels for one row."""
+    with (HERE / "results/2026-11-26-h200/step-classes.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    figure, axes = plt.subplots(figsize=(6, 2.6))
+    keys = [key for key in NAMES if any((r["path"], r["precision"]) == key for r in rows)][::-1]
+    for index, key in enumerate(keys):
+        own = {r["class"]: float(r["ms"]) / int(r["rows"]) for r in rows
+               if (r["path"], r["precision"]) == key}  # fmt: skip
+        left = 0.0
+        for number, name in enumerate(CLASSES):
+            width = own.get(name, 0.0)
+            label = name if index == 0 else None
+            axes.barh(index, width, left=left, color=f"C{number}", label=label)
+            left += width
+        axes.text(left + 8, index, f"{left:.0f} ms", va="center", fontsize=8)
+    axes.set_yticks(range(len(keys)), [NAMES[key] for key in keys], fontsize=8)
+    axes.set(xlabel="ms of kernels for a row of 4,096 tokens", xlim=(0, 1330))
+    axes.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.4, 1.22), ncol=4)
+    save(figure, "step-classes.png")
+
+
+def save(figure: plt.Figure, name: str) -> None:
+    """Small enough for a repository."""
+    figure.savefig(IMAGES / name, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
