@@ -15,7 +15,7 @@ help:
 	@echo "make test-slurm  every job script on a private SLURM (as root; slurm-wlm and munge)"
 	@echo "make faults    kills, full disks, damage, hangs only"
 	@echo "make check     format, lint and types"
-	@echo "make bench     what this machine can measure: the loader; with a GPU, the kernels too"
+	@echo "make bench     what this machine can measure: the loader; with a GPU, kernels and steps too"
 	@echo "make clean     remove what make train produced (not .venv*)"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -55,7 +55,9 @@ faults: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python kernels/benchmarks/loader.py
 	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-		$(BIN)/python kernels/benchmarks/micro.py; fi
+		$(BIN)/python kernels/benchmarks/micro.py; \
+		$(BIN)/python kernels/benchmarks/step.py preset=huginn-3.5b rows=1,2,3,4 depths=2/8,8/8,56/8,24/4; \
+		$(BIN)/python kernels/benchmarks/step.py preset=huginn-100m rows=1,2,4,16; fi
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

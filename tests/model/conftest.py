@@ -1,5 +1,7 @@
 """Small models and the published model's golden numbers."""
 
+import dataclasses
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pretrain.model.config import DocumentMask, ModelConfig
+from pretrain.model.config import ComputePath, DocumentMask, ModelConfig
 from pretrain.model.huggingface.weights import load_pretrained
 from pretrain.model.init import initialize
 from pretrain.model.recurrent import RecurrentModel
@@ -25,10 +27,19 @@ class Golden(NamedTuple):
     values: dict[str, Tensor]
 
 
-@pytest.fixture(params=["a_1_2_1_d96", "b_2_4_2_d48"])
+FOLDERS, PATHS = ("a_1_2_1_d96", "b_2_4_2_d48"), (ComputePath.reference, ComputePath.fused)
+
+
+@pytest.fixture(
+    params=list(itertools.product(FOLDERS, PATHS)), ids=lambda p: f"{p[0]}-{p[1].value}"
+)
 def golden(request: pytest.FixtureRequest) -> Golden:
-    folder = GOLDEN / request.param
-    return Golden(folder, load_pretrained(folder), load_file(folder / "fixture.safetensors"))
+    """On every path that is written by hand: all of them are Huginn."""
+    name, path = request.param
+    published = load_pretrained(GOLDEN / name)
+    model = RecurrentModel(dataclasses.replace(published.config, path=path))
+    model.load_state_dict(published.state_dict())
+    return Golden(GOLDEN / name, model, load_file(GOLDEN / name / "fixture.safetensors"))
 
 
 MakeModel = Callable[..., RecurrentModel]
