@@ -10,7 +10,7 @@ from pretrain.config import TrainConfig
 from pretrain.engine.memory import GIB, Memory, rank_memory
 from pretrain.model import balance
 from pretrain.model.config import DepthConfig, Law, Sampling, Scope
-from pretrain.model.cost import TokenFlops, mean_iterations
+from pretrain.model.cost import TokenFlops, mean_iterations, mean_recomputed
 from pretrain.model.depth import num_lanes
 from pretrain.scaling.estimate import Estimate, estimate
 
@@ -51,6 +51,8 @@ class Plan:
     """Forward FLOPs of one token."""
     iterations: tuple[float, float]
     """Mean iterations without and with gradient over the whole run."""
+    recomputed: float
+    """Mean iterations that the backward pass computes again."""
     price: Price
     """The wait as configured."""
     alternatives: list[Price]
@@ -64,8 +66,7 @@ class Plan:
     @property
     def executed_flops(self) -> float:
         """Training FLOPs per token that run."""
-        is_recomputed = self.config.engine.checkpoint_activations
-        return self.flops.executed(*self.iterations, is_recomputed=is_recomputed)
+        return self.flops.executed(*self.iterations, recomputed=self.recomputed)
 
     @property
     def memory(self) -> Memory:
@@ -110,6 +111,7 @@ def make_plan(config: TrainConfig) -> Plan:
     """Work out a plan. Raises ConfigError where the batch or the lanes do not divide."""
     cluster = config.cluster
     micro_steps = config.batch.micro_steps(context=config.model.context, ranks=cluster.ranks)
+    total_rows = config.total_tokens // config.model.context
     alternatives = []
     if cluster.ranks > 1 and config.depth.law is not Law.fixed:
         is_block = config.depth.scope is Scope.block
@@ -125,7 +127,10 @@ def make_plan(config: TrainConfig) -> Plan:
         config=config,
         micro_steps=micro_steps,
         flops=TokenFlops.of(config.model),
-        iterations=mean_iterations(config.depth, rows=config.total_tokens // config.model.context),
+        iterations=mean_iterations(config.depth, rows=total_rows),
+        recomputed=mean_recomputed(
+            config.depth, rows=total_rows, kept_iterations=config.engine.model_kept_iterations
+        ),
         price=configured or price(config, config.depth),
         alternatives=alternatives,
     )

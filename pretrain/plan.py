@@ -12,7 +12,7 @@ from rich.table import Table
 
 from pretrain.budget import RESERVED_SHARE, Plan, Price, advice, make_plan, usable_bytes
 from pretrain.config import TrainConfig
-from pretrain.engine.config import EngineConfig
+from pretrain.engine.config import EngineConfig, Precision
 from pretrain.engine.memory import GIB, Memory, checkpoint_bytes, rank_memory
 from pretrain.model.balance import Wait
 from pretrain.model.config import Curriculum
@@ -66,7 +66,10 @@ def _run_table(plan: Plan) -> Table:
             "  at n no-grad, k grad",
             f"{3 * flops.once / 1e9:.4g} + {flops.iteration / 1e9:.5g} (n + 3 k)",
         ),
-        ("executed GFLOP per token", f"{plan.executed_flops / 1e9:,.4g}"),
+        (
+            "executed GFLOP per token",
+            f"{plan.executed_flops / 1e9:,.4g}; {plan.recomputed:.3g} iterations recomputed",
+        ),
         ("depth", f"mean {law.mean:.2f}; 1 % {low}, median {middle}, 99 % {high}"),
         ("  curriculum", _curriculum(config)),
         (
@@ -99,7 +102,8 @@ def _memory_table(plan: Plan) -> Table:
     usable = usable_bytes(config)
     micro_rows = sorted({*MICRO_ROWS, config.batch.micro_rows})
     table = _table(
-        f"Memory of one rank in GiB, {config.engine.precision.value}. Usable: {usable / GIB:.1f} "
+        f"Memory of one rank in GiB, {config.engine.precision.value}, model.path="
+        f"{config.model.path.value}. Usable: {usable / GIB:.1f} "
         f"({RESERVED_SHARE:.0%} is left to libraries). Last: totals by batch.micro_rows, with "
         "activations, an estimate.",
         "ZeRO",
@@ -112,19 +116,35 @@ def _memory_table(plan: Plan) -> Table:
     )
     for stage in (1, 2, 3):
         for is_checkpointed in (False, True):
-            engine = dataclasses.replace(
-                config.engine, zero_stage=stage, checkpoint_activations=is_checkpointed
-            )
+            engine = _engine_at(config.engine, stage, is_checkpointed)
             memories = [_memory(plan, engine, rows) for rows in micro_rows]
             first = memories[0]
             states = (first.weights, first.gradients, first.masters + first.moments, first.buffers)
             table.add_row(
                 f"{stage}{_mark(engine == config.engine)}",
-                "yes" if is_checkpointed else "no",
+                _recomputed(engine),
                 *(f"{size / GIB:.2f}" for size in states),
                 *(_fit(memory.total, usable) for memory in memories),
             )
     return table
+
+
+def _engine_at(engine: EngineConfig, stage: int, is_checkpointed: bool) -> EngineConfig:
+    """The engine at another stage, less what would be refused there because it does nothing."""
+    has_overlap = engine.overlap_comm and not (stage == 1 and engine.precision is Precision.bf16)
+    return dataclasses.replace(
+        engine,
+        zero_stage=stage,
+        overlap_comm=has_overlap,
+        checkpoint_activations=is_checkpointed,
+        kept_iterations=engine.kept_iterations if is_checkpointed else 0,
+    )
+
+
+def _recomputed(engine: EngineConfig) -> str:
+    if not engine.checkpoint_activations:
+        return "no"
+    return f"all but {engine.kept_iterations}" if engine.kept_iterations else "yes"
 
 
 def _memory(plan: Plan, engine: EngineConfig, micro_rows: int) -> Memory:

@@ -9,7 +9,7 @@ import pytest
 
 from conftest import SMALL, run_cli
 from pretrain.compose import load
-from pretrain.model.config import Block, Injection
+from pretrain.model.config import Block, ComputePath, Injection
 
 
 def test_the_first_failed_run_is_the_published_one_but_for_its_choices() -> None:
@@ -30,7 +30,9 @@ def test_the_second_failed_run_has_learned_parts_but_nothing_bounds_its_sum() ->
         load("train", [f"experiment={name}"]) for name in ("failed-run-2", "huginn-3.5b")
     )
     assert config.model.block is Block.pre_norm
-    config.model.block = Block.sandwich
+    # which the fused path is not written for
+    assert config.model.path is ComputePath.reference
+    config.model.block, config.model.path = Block.sandwich, huginn.model.path
     assert (config.model, config.optimizer) == (huginn.model, huginn.optimizer)
 
 

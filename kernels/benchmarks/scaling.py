@@ -18,11 +18,15 @@ from pretrain.compose import load
 from pretrain.config import TrainConfig
 from pretrain.model.balance import Simulation, simulate
 from pretrain.model.config import DepthConfig, Sampling, Scope
-from pretrain.scaling.estimate import Estimate, estimate
+from pretrain.model.depth import step_totals
+from pretrain.scaling.compute import RowSeconds
+from pretrain.scaling.estimate import Estimate, estimate, step_seconds
 from pretrain.scaling.measured import (
     Comparison,
     compare,
     fitted,
+    fitted_to_passes,
+    read_passes,
     read_scaled,
     read_steps,
 )
@@ -46,21 +50,25 @@ ROW, STEP = "row, stratified and dealt", "step"
 STEPS = 24
 CAUSES = ("depth_wait", "straggler", "communication")
 
+H200 = "NVIDIA H200"
 ONE_GPU = [*HUGINN, "cluster.gpus_per_node=1", "batch.global_tokens=32768"]
+# Records before 2026-11-26 are of the plain path, and predicted with the rates of the first.
+PLAIN = [*ONE_GPU, "model.path=reference"]
 RECOMPUTED = "engine.checkpoint_activations=true"
 FITTED = "2026-11-22-h200/huginn-3.5b.jsonl"
 SMALL = "2026-11-22-h200/huginn-100m.jsonl"
 RECORDS = {
-    FITTED: ONE_GPU,
-    "2026-11-22-h200/huginn-3.5b-checkpointed.jsonl": [*ONE_GPU, RECOMPUTED],
-    "2026-11-24-h200/huginn-3.5b-save.jsonl": ONE_GPU,
-    SMALL: ["experiment=huginn-100m", "batch.global_tokens=65536"],
+    FITTED: [],
+    "2026-11-22-h200/huginn-3.5b-checkpointed.jsonl": [RECOMPUTED],
+    "2026-11-24-h200/huginn-3.5b-save.jsonl": [],
 }
 # Two H100s: the level of all rates is that of the same cards' run on one, nothing else is fitted.
 LEVEL = "2026-11-25-2xh100/one.jsonl"
 ON_TWO = {f"2026-11-25-2xh100/zero{stage}.jsonl": stage for stage in (1, 2, 3)}
 # of reliability.py's runs, the steps whose speed its `zero` rows give
 TIMED = range(2, 5)
+# of engine.py's runs, those before the timed ones
+WARM_STEPS = 2
 
 CHANGES: dict[str, dict[str, Any]] = {
     "as planned": {},
@@ -78,11 +86,8 @@ CHANGES: dict[str, dict[str, Any]] = {
         "engine.bucket_elements": 1_000_000_000
     },
     "twice the spread between GPUs": {"cluster.hardware.gpu_spread": 0.03},
-    "kernels that compute 1.4 times as fast": {
-        "cluster.utilization": 0.92,
-        "cluster.hardware.forward_utilization": 0.955,
-    },
 }
+PLAIN_CHANGE = "the plain path instead of the fused one"
 ON_FRONTIER = {
     "predicted from the published 87 % of one host": {
         "cluster.utilization": 0.87,
@@ -190,7 +195,7 @@ def change_table(clusters: Clusters) -> str:
         "| at 4,096 GPUs, scope step | tokens/s | idle | goodput | saves near the best | days |",
         "|---|---|---|---|---|---|",
     ]
-    for change, changes in CHANGES.items():
+    for change, changes in (CHANGES | {PLAIN_CHANGE: plain_rates()}).items():
         found = clusters.estimate(GPUS[-1], SCOPES[STEP] | changes)
         lines.append(
             f"| {change} | {found.tokens_per_s:,.0f} | {found.step.idle:.1%} | "
@@ -200,13 +205,31 @@ def change_table(clusters: Clusters) -> str:
     return "\n".join(lines)
 
 
+def plain_rates() -> dict[str, float]:
+    """The plain path's utilizations, by the first record, as changes of a configuration."""
+    config = load("train", PLAIN)
+    found = fitted(config, read_steps(RESULTS / FITTED, config)).cluster
+    return {
+        "cluster.utilization": found.utilization,
+        "cluster.hardware.forward_utilization": found.hardware.forward_utilization,
+    }
+
+
+def plain(overrides: list[str]) -> TrainConfig:
+    """A run of the plain path on one GPU at its own rates."""
+    return what_if(load("train", [*PLAIN, *overrides]), plain_rates())
+
+
 def comparisons() -> dict[str, Comparison]:
     """Predicted and measured seconds of every recorded step."""
     found = {}
     for name, overrides in RECORDS.items():
-        config = load("train", overrides)
+        config = plain(overrides)
         found[name] = compare(config, read_steps(RESULTS / name, config))
-    one = load("train", [*ONE_GPU, RECOMPUTED])
+    small = ["experiment=huginn-100m", "batch.global_tokens=65536", "model.path=reference"]
+    config = load("train", small)
+    found[SMALL] = compare(config, read_steps(RESULTS / SMALL, config))
+    one = plain([RECOMPUTED])
     level = 1 + compare(one, read_steps(RESULTS / LEVEL, one)).bias
     for name, stage in ON_TWO.items():
         changes = {"cluster.gpus_per_node": 2, "engine.zero_stage": stage}
@@ -237,7 +260,7 @@ def check_table(found: dict[str, Comparison]) -> str:
 
 def scaled_table(path: Path) -> str:
     """Speed on several GPUs against one, measured and predicted; says so where nothing is."""
-    found = read_scaled(path, load("train", [*ONE_GPU, RECOMPUTED]), steps=TIMED)
+    found = read_scaled(path, plain([RECOMPUTED]), steps=TIMED)
     if not found:
         return (
             "No run on several GPUs has rows in `kernels/benchmarks/results/reliability.csv` yet."
@@ -266,16 +289,75 @@ def published_table(clusters: Clusters) -> str:
     return "\n".join(lines)
 
 
-def fit_text() -> str:
-    """The two rates that the first record gives."""
+def fit_table() -> str:
+    """The two rates of each path, what they were fitted to, and how far off they are there."""
+    lines = [
+        "| path | fitted to | TFLOP/s without gradient | with | seconds of a row "
+        "| largest residual |",
+        "|---|---|---|---|---|---|",
+    ]
     config = load("train", ONE_GPU)
-    found = fitted(config, read_steps(RESULTS / FITTED, config)).cluster
-    peak = found.gpu_flops / 1e12
-    forward = found.hardware.forward_utilization
-    return (
-        f"{forward * peak:.0f} TFLOP/s without gradient ({forward:.3f} of {peak:.0f}) and "
-        f"{found.utilization * peak:.0f} with ({found.utilization:.3f})."
+    passes = read_passes(RESULTS / "step.csv", config, gpu=H200)
+    found = fitted_to_passes(config, passes)
+    ideal = RowSeconds.of(found).at(passes.no_grad, passes.with_grad, 0)
+    worst = np.abs(ideal / passes.seconds - 1).max()
+    source = f"{len(passes.seconds)} passes of one row, `step.csv`"
+    lines.append(f"| fused | {source} | {_rates(found)} | {worst:.2%} |")
+    config = plain([])
+    errors = compare(config, read_steps(RESULTS / FITTED, config)).errors
+    lines.append(
+        f"| plain | {len(errors)} steps of 8 rows, `{Path(FITTED).name}` | {_rates(config)} "
+        f"| {np.abs(errors).max():.2%} |"
     )
+    return "\n".join(lines)
+
+
+def _rates(config: TrainConfig) -> str:
+    peak = config.cluster.gpu_flops / 1e12
+    shares = (config.cluster.hardware.forward_utilization, config.cluster.utilization)
+    row = RowSeconds.of(config)
+    terms = f"{row.once_s:.4f} + {row.no_grad_s:.4f} n + {row.with_grad_s:.4f} k"
+    rates = [f"{share * peak:.0f} ({share:.3f} of {peak:.0f})" for share in shares]
+    return " | ".join([*rates, terms])
+
+
+def engine_runs() -> list[tuple[dict[str, str], float]]:
+    """Rows of results/engine.csv, with what is predicted for their steps at the realised depths."""
+    with (RESULTS / "engine.csv").open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["gpu"] == H200]
+    found = []
+    for row in rows:
+        gpus, accumulation = int(row["gpus"]), int(row["accumulation"])
+        config = load("train", [
+            *HUGINN, f"engine=zero{row['zero']}-bf16", f"depth.scope={row['scope']}",
+            f"cluster.gpus_per_node={gpus}", f"batch.global_tokens={4096 * gpus * accumulation}",
+        ])  # fmt: skip
+        count, first = config.rows_per_step, WARM_STEPS
+        totals = np.stack([
+            step_totals(config.depth, seed=config.run.seed, first_row=step * count, rows=count)
+            for step in range(first, first + int(row["steps"]))
+        ])  # fmt: skip
+        found.append((row, float(step_seconds(config, totals).sum())))
+    return found
+
+
+def engine_table() -> str:
+    """Whole steps of the fused path through the engine, whose passes alone were fitted."""
+    lines = [
+        "| GPUs | stage | micro-steps | steps | tokens/s: measured | predicted | error of the "
+        "total time | outside of passes: measured | predicted |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row, predicted_s in engine_runs():
+        seconds, speed = float(row["seconds"]), float(row["tokens_per_s_per_gpu"])
+        ideal_s = float(row["share_of_bare"]) * seconds
+        lines.append(
+            f"| {row['gpus']} | ZeRO-{row['zero']} | {row['accumulation']} | {row['steps']} "
+            f"| {speed:,.0f} | {speed * seconds / predicted_s:,.0f} "
+            f"| {predicted_s / seconds - 1:+.1%} | {1 - ideal_s / seconds:.1%} "
+            f"| {1 - ideal_s / predicted_s:.1%} |"
+        )
+    return "\n".join(lines)
 
 
 def _percent(share: str) -> str:
@@ -288,7 +370,8 @@ def tables(clusters: Clusters, rows: list[dict[str, str]]) -> dict[str, str]:
         "scopes": scope_table(rows),
         "stages": stage_table(rows),
         "changes": change_table(clusters),
-        "fit": fit_text(),
+        "fit": fit_table(),
+        "engine": engine_table(),
         "check": check_table(comparisons()),
         "several": scaled_table(RESULTS / "reliability.csv"),
         "published": published_table(clusters),

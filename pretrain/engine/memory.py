@@ -1,15 +1,16 @@
 """Memory of one rank under each ZeRO stage, before anything is allocated. Torch-free.
 
 Weights, gradients, masters and moments are exact. Buckets are the buffers that DeepSpeed 0.19
-allocates, activations what the plain PyTorch path keeps; both are estimates. Contexts and
+allocates, activations what pretrain/model/activations.py counts; both are estimates. Contexts and
 workspaces of libraries, and fragmentation, are not in the sum.
 """
 
 from dataclasses import dataclass
 
 from pretrain.engine.config import EngineConfig, Precision
+from pretrain.model.activations import peak_activation_bytes
 from pretrain.model.config import ModelConfig
-from pretrain.model.cost import count_parameters, head_bytes, row_activation_bytes
+from pretrain.model.cost import count_parameters
 
 GIB = 2**30
 _FP32_BYTES = 4
@@ -30,7 +31,7 @@ class Memory:
     buffers: int
     """Buckets of gradients on their way, and weights gathered for the moment (stage 3)."""
     activations: int
-    """What the backward pass needs of one micro-step, and a chunk of logits."""
+    """What the backward pass of one micro-step needs at its fullest moment."""
 
     @property
     def total(self) -> int:
@@ -59,16 +60,19 @@ def rank_memory(
     if engine.zero_stage == 3:
         # the whole core is gathered at once, and its gradients leave together
         buffers += 2 * element * (counts["core"] + counts["adapter"])
-    row = row_activation_bytes(
-        model, backprop, element_bytes=element, is_checkpointed=engine.checkpoint_activations
-    )
     return Memory(
         weights=element * (share if engine.zero_stage == 3 else parameters),
         gradients=_FP32_BYTES * (parameters if engine.zero_stage == 1 else share),
         masters=_FP32_BYTES * share,
         moments=2 * _FP32_BYTES * share,
         buffers=buffers,
-        activations=micro_rows * row + head_bytes(model, rows=micro_rows, element_bytes=element),
+        activations=peak_activation_bytes(
+            model,
+            backprop,
+            rows=micro_rows,
+            element_bytes=element,
+            kept_iterations=engine.model_kept_iterations,
+        ),
     )
 
 

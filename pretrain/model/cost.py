@@ -1,4 +1,4 @@
-"""What a model costs: parameters and FLOPs, exactly, and what autograd keeps, nearly.
+"""What a model costs: parameters and FLOPs, exactly.
 
 FLOPs are those of the mathematics as written: a multiply-add is 2, causal attention counts the
 (T + 1) / 2 keys that a query may see on average, a backward pass costs two forward passes.
@@ -9,11 +9,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pretrain.model.config import CHUNK_TOKENS, Block, DepthConfig, Injection, ModelConfig
+from pretrain.model.config import Block, DepthConfig, Injection, ModelConfig
 from pretrain.model.depth import Depth, DepthLaw, means_of_run, settled
-
-# Statistics, attention's log-sum-exp, loss: kept in float32 whatever the weights are.
-_WIDE_BYTES = 4
 
 
 def layer_weights(model: ModelConfig) -> int:
@@ -23,7 +20,7 @@ def layer_weights(model: ModelConfig) -> int:
 
 def layer_parameters(model: ModelConfig) -> int:
     """All parameters of one layer: its weights, the q and k bias, the gains of its norms."""
-    gains = _layer_norms(model) if model.norm_gain else 0
+    gains = layer_norms(model) if model.norm_gain else 0
     return layer_weights(model) + (2 * model.qk_bias + gains) * model.width
 
 
@@ -40,7 +37,8 @@ def count_parameters(model: ModelConfig) -> dict[str, int]:
     }
 
 
-def _layer_norms(model: ModelConfig) -> int:
+def layer_norms(model: ModelConfig) -> int:
+    """Norms of one layer."""
     return 4 if model.block is Block.sandwich else 2
 
 
@@ -73,13 +71,12 @@ class TokenFlops:
         """Training FLOPs of the mathematics: no recomputation."""
         return 3 * self.once + self.iteration * (no_grad + 3 * with_grad)
 
-    def executed(self, no_grad: float, with_grad: float, *, is_recomputed: bool) -> float:
-        """Training FLOPs that run, with the recomputation of activation checkpoints if any.
+    def executed(self, no_grad: float, with_grad: float, *, recomputed: float) -> float:
+        """Training FLOPs that run where `recomputed` iterations are computed again.
 
         A pre-norm core's recomputation ends one matrix product earlier than is counted.
         """
-        passes = 4 if is_recomputed else 3
-        return 3 * self.once + self.iteration * (no_grad + passes * with_grad)
+        return self.model(no_grad, with_grad) + self.iteration * recomputed
 
 
 def mean_iterations(depth: DepthConfig, *, rows: int) -> tuple[float, float]:
@@ -93,46 +90,19 @@ def mean_iterations(depth: DepthConfig, *, rows: int) -> tuple[float, float]:
     return no_grad, with_grad
 
 
-def layer_activation_bytes(model: ModelConfig, *, element_bytes: int) -> int:
-    """Bytes per token that autograd keeps of one layer on the plain PyTorch path.
+def mean_recomputed(depth: DepthConfig, *, rows: int, kept_iterations: int | None) -> float:
+    """Iterations that the backward pass computes again, averaged as in `mean_iterations`.
 
-    Norms keep their float32 input, its scale and, for a gain, their normalised output; matrices
-    their inputs; attention keeps rotated q and k, the packed qkv that v is a view of, and its
-    output, which is also an input already counted for; the MLP keeps gate|up, SiLU(gate), their
-    product.
+    The last kept_iterations of a row are not; None: none is.
     """
-    norms = _layer_norms(model) * _norm_bytes(model, element_bytes)
-    matrix_inputs = 2 * element_bytes * model.width
-    attention = 6 * element_bytes * model.width + _WIDE_BYTES * model.heads
-    mlp = 4 * element_bytes * model.inner
-    return norms + matrix_inputs + attention + mlp
-
-
-def _norm_bytes(model: ModelConfig, element_bytes: int) -> int:
-    return (_WIDE_BYTES + model.norm_gain * element_bytes) * model.width + _WIDE_BYTES
-
-
-def row_activation_bytes(
-    model: ModelConfig, backprop: int, *, element_bytes: int, is_checkpointed: bool
-) -> int:
-    """Bytes kept for the backward pass of one row with `backprop` iterations of gradient.
-
-    Without the head. Checkpointed: the state per iteration, and one iteration while it is redone.
-    """
-    layer = layer_activation_bytes(model, element_bytes=element_bytes)
-    state = element_bytes * model.width
-    joined = 2 * state if model.injection is Injection.linear else 0
-    iteration = model.core_layers * layer + joined
-    kept = backprop * state + iteration if is_checkpointed else backprop * iteration
-    once = (model.prelude_layers + model.coda_layers) * layer + 2 * state
-    once += 2 * _norm_bytes(model, element_bytes)
-    return model.context * (kept + once)
-
-
-def head_bytes(model: ModelConfig, *, rows: int, element_bytes: int) -> int:
-    """Logits of one chunk at their peak: log-probabilities, their gradient, and its cast."""
-    tokens = min(rows * model.context, CHUNK_TOKENS)
-    return tokens * model.vocabulary_size * (2 * _WIDE_BYTES + element_bytes)
+    if kept_iterations is None or kept_iterations >= depth.backprop:
+        return 0.0
+    _, with_grad = mean_iterations(depth, rows=rows)
+    if kept_iterations == 0:
+        return with_grad
+    # of a row with k iterations, all but min(k, kept)
+    _, kept = mean_iterations(replace(depth, backprop=kept_iterations), rows=rows)
+    return with_grad - kept
 
 
 def model_flops_per_token(model: ModelConfig, depth: Depth) -> float:

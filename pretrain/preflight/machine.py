@@ -29,6 +29,7 @@ from pretrain.engine.world import ALONE, join, leave
 from pretrain.errors import ConfigError, PretrainError
 from pretrain.loop.config import WandbMode
 from pretrain.loop.wandb_sink import choose_mode
+from pretrain.model.config import ComputePath
 from pretrain.paths import config_source
 from pretrain.preflight.findings import Finding, Status, refuse_missing, show
 
@@ -119,19 +120,24 @@ def check_communication(config: TrainConfig) -> Iterator[Finding]:
 
 
 def check_triton(config: TrainConfig) -> Iterator[Finding]:
-    """The compiler of fused kernels; only GPUs need it."""
+    """The compiler of fused kernels; only GPUs need it. Without either, their references run."""
     try:
         found = metadata.version("triton")
     except metadata.PackageNotFoundError:
         found = ""
+    has_gpu = torch.cuda.is_available() and config.engine.device is not Device.cpu
+    instead = ""
+    if config.model.path is ComputePath.fused and not (found and has_gpu):
+        instead = "; model.path=fused runs the kernels' PyTorch references here"
     if found:
-        yield Finding(Status.ok, "triton", found)
-    elif torch.cuda.is_available():
+        use = "" if has_gpu else "; only GPUs use it"
+        yield Finding(Status.ok, "triton", f"{found}{use}{instead}")
+    elif has_gpu:
         yield Finding(
-            Status.warn, "triton", "not installed: no fused kernels", "pip install triton"
+            Status.warn, "triton", f"not installed: no fused kernels{instead}", "pip install triton"
         )
     else:
-        yield Finding(Status.ok, "triton", "not installed; only GPUs use it")
+        yield Finding(Status.ok, "triton", f"not installed; only GPUs use it{instead}")
 
 
 def check_run_folder(config: TrainConfig) -> Iterator[Finding]:

@@ -106,7 +106,11 @@ def alternatives(engine: EngineConfig) -> list[tuple[str, dict[str, Any]]]:
     if engine.overlap_comm:
         found.append(("engine.overlap_comm=true", {"overlap_comm": False}))
     if engine.checkpoint_activations:
-        found.append(("engine.checkpoint_activations=true", {"checkpoint_activations": False}))
+        change: dict[str, Any] = {"checkpoint_activations": False}
+        if engine.kept_iterations:
+            # without recomputation all are kept, and a number is refused
+            change["kept_iterations"] = 0
+        found.append(("engine.checkpoint_activations=true", change))
     if engine.zero_stage > 1:
         change = {"zero_stage": 1, "overlap_comm": False}
         found.append((f"engine.zero_stage={engine.zero_stage}", change))

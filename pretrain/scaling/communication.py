@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from pretrain.config import TrainConfig
 from pretrain.engine.memory import element_bytes
-from pretrain.model.cost import count_parameters, mean_iterations
+from pretrain.model.cost import count_parameters
 from pretrain.scaling.collectives import Collectives
-from pretrain.scaling.compute import RowSeconds
+from pretrain.scaling.compute import RowSeconds, mean_row_iterations
 
 _FP32_BYTES = 4
 # Queries, keys and values; their output; the two matrices of the MLP: one gather each.
@@ -63,6 +63,5 @@ def communication(config: TrainConfig) -> Communication:
 
 
 def _micro_backward_s(config: TrainConfig) -> float:
-    rows = config.total_tokens // config.model.context
-    _, with_grad = mean_iterations(config.depth, rows=rows)
-    return config.batch.micro_rows * RowSeconds.of(config).backward_s(with_grad)
+    _, with_grad, recomputed = mean_row_iterations(config, config.depth)
+    return config.batch.micro_rows * RowSeconds.of(config).backward_s(with_grad, recomputed)

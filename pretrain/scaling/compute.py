@@ -1,7 +1,8 @@
 """Seconds that one GPU computes: rows by their depth, the optimizer's step, a validation.
 
-A row costs a + b n + c k with n iterations without and k with gradient. The three follow from
-exact FLOPs and two measured rates, so one fit serves every depth, context and recomputation.
+A row costs a + b n + c k + b m with n iterations without and k with gradient, m of which are
+computed again. They follow from exact FLOPs and two measured rates, so one fit serves every
+depth, context and recomputation.
 """
 
 from dataclasses import dataclass
@@ -10,10 +11,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.config import TrainConfig
-from pretrain.model.cost import TokenFlops, count_parameters, layer_weights
+from pretrain.engine.config import Precision
+from pretrain.model.config import DepthConfig
+from pretrain.model.cost import (
+    TokenFlops,
+    count_parameters,
+    layer_weights,
+    mean_iterations,
+    mean_recomputed,
+)
 
-# Counted in optim/ellis_adam: about 30 reads or writes of float32 for each parameter, unfused.
-_OPTIMIZER_BYTES = 120
+# For each parameter. EllisAdam's kernels move 36 (20, then 16); with what DeepSpeed's step does to
+# gradients and weights around it: 57.5 ms for 3.565 B parameters at 4.27 TB/s, in the run whose
+# kernels are in kernels/benchmarks/results/2026-11-26-h200/engine-profile.csv.
+_OPTIMIZER_BYTES = 69
+# A micro-step's gradient is widened to float32, then added: read and written, read twice and
+# written. Not in a bare pass.
+_SUM_BYTES = {Precision.bf16: 2 + 4 + 12, Precision.fp32: 12}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +39,11 @@ class RowSeconds:
     no_grad_s: float
     """An iteration without gradient."""
     with_grad_s: float
-    """An iteration with gradient, with its recomputation if any."""
+    """An iteration with gradient, forward and backward."""
+    recomputed_s: float
+    """More for an iteration that the backward pass computes again."""
+    kept_iterations: int | None
+    """The last so many of a row are not computed again; None: none is."""
 
     @staticmethod
     def of(config: TrainConfig) -> "RowSeconds":
@@ -35,34 +53,64 @@ class RowSeconds:
         forward = cluster.gpu_flops * cluster.hardware.forward_utilization
         training = cluster.gpu_flops * cluster.utilization
         no_grad_s = context * flops.iteration / forward
-        recomputed_s = no_grad_s if config.engine.checkpoint_activations else 0.0
         return RowSeconds(
             once_s=context * 3 * flops.once / training,
             no_grad_s=no_grad_s,
-            with_grad_s=context * 3 * flops.iteration / training + recomputed_s,
+            with_grad_s=context * 3 * flops.iteration / training,
+            recomputed_s=no_grad_s,
+            kept_iterations=config.engine.model_kept_iterations,
         )
 
-    def at(self, no_grad: float, with_grad: float) -> float:
+    def at(self, no_grad: float, with_grad: float, recomputed: float) -> float:
         """Of a row with so many iterations, or the mean of rows with so many on average."""
-        return self.once_s + self.no_grad_s * no_grad + self.with_grad_s * with_grad
+        once = self.once_s + self.no_grad_s * no_grad + self.with_grad_s * with_grad
+        return once + self.recomputed_s * recomputed
 
-    def backward_s(self, with_grad: float) -> float:
-        """Of a row's backward pass alone: two of three forward passes' worth."""
-        return (self.once_s + self.with_grad_s * with_grad) * 2 / 3
+    def backward_s(self, with_grad: float, recomputed: float) -> float:
+        """Of a row's backward pass alone: two of three forward passes' worth, what is redone."""
+        twice = (self.once_s + self.with_grad_s * with_grad) * 2 / 3
+        return twice + self.recomputed_s * recomputed
 
     def of_depths(self, totals: NDArray[np.int64], backprop: int) -> NDArray[np.float64]:
         """Of rows with these total iterations, same shape."""
         with_grad = np.minimum(totals, backprop)
         seconds: NDArray[np.float64] = (
-            self.once_s + self.no_grad_s * (totals - with_grad) + self.with_grad_s * with_grad
+            self.once_s
+            + self.no_grad_s * (totals - with_grad)
+            + self.with_grad_s * with_grad
+            + self.recomputed_s * recomputed_iterations(with_grad, self.kept_iterations)
         )
         return seconds
 
 
+def recomputed_iterations(
+    with_grad: NDArray[np.int64], kept_iterations: int | None
+) -> NDArray[np.int64]:
+    """Of rows with so many iterations with gradient, those that are computed again, same shape."""
+    if kept_iterations is None:
+        return np.zeros_like(with_grad)
+    return np.maximum(with_grad - kept_iterations, 0)
+
+
+def mean_row_iterations(config: TrainConfig, depth: DepthConfig) -> tuple[float, float, float]:
+    """Mean iterations of a run's rows under a law: without gradient, with it, computed again."""
+    rows = config.total_tokens // config.model.context
+    kept = config.engine.model_kept_iterations
+    recomputed = mean_recomputed(depth, rows=rows, kept_iterations=kept)
+    return *mean_iterations(depth, rows=rows), recomputed
+
+
 def optimizer_s(config: TrainConfig) -> float:
-    """Seconds of an update: each rank streams its share of masters, moments and gradients."""
-    share = sum(count_parameters(config.model).values()) / config.cluster.ranks
-    return _OPTIMIZER_BYTES * share / config.cluster.hardware.memory_bytes_per_s
+    """Seconds of an update, and of adding every micro-step's gradient to the sum of its step.
+
+    Each rank streams its share of masters, moments and gradients; sums are of all parameters.
+    """
+    parameters = sum(count_parameters(config.model).values())
+    cluster, batch = config.cluster, config.batch
+    micro_steps = config.rows_per_step // cluster.ranks // batch.micro_rows
+    moved = _OPTIMIZER_BYTES * parameters / cluster.ranks
+    moved += _SUM_BYTES[config.engine.precision] * parameters * micro_steps
+    return moved / cluster.hardware.memory_bytes_per_s
 
 
 def validation_s(config: TrainConfig) -> float:

@@ -10,9 +10,13 @@ from numpy.typing import NDArray
 
 from pretrain.config import TrainConfig
 from pretrain.model.balance import Layout, Simulation, slowest_rank
-from pretrain.model.cost import mean_iterations
 from pretrain.scaling.communication import communication
-from pretrain.scaling.compute import RowSeconds, optimizer_s, validation_s
+from pretrain.scaling.compute import (
+    RowSeconds,
+    mean_row_iterations,
+    optimizer_s,
+    validation_s,
+)
 from pretrain.scaling.goodput import Interruptions, Shares
 
 # Over so many drawn clusters the slowest GPU of 8 is known to 0.1 % at a spread of 1.5 %.
@@ -26,7 +30,7 @@ class StepTime:
     compute_s: float
     """A mean rank's forward and backward passes on a median GPU."""
     optimizer_s: float
-    """The update."""
+    """The update, and the sums of gradients over micro-steps."""
     depth_wait_s: float
     """Waiting for the rank whose rows are deepest."""
     straggler_s: float
@@ -142,8 +146,7 @@ def step_time(config: TrainConfig, simulation: Simulation) -> StepTime:
     """
     depth, ranks, rows = simulation.depth, config.cluster.ranks, config.rows_per_step
     layout, row = layout_of(config), RowSeconds.of(config)
-    iterations = mean_iterations(depth, rows=config.total_tokens // config.model.context)
-    compute_s = rows / ranks * row.at(*iterations)
+    compute_s = rows / ranks * row.at(*mean_row_iterations(config, depth))
     seconds = row.of_depths(simulation.totals, depth.backprop)
     mean = seconds.sum(axis=1).mean() / ranks
     deepest = slowest_rank(seconds, layout).mean()

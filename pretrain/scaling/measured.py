@@ -17,7 +17,7 @@ from pretrain.config import TrainConfig
 from pretrain.errors import DataError
 from pretrain.model.cost import TokenFlops
 from pretrain.model.depth import step_totals
-from pretrain.scaling.compute import optimizer_s
+from pretrain.scaling.compute import optimizer_s, recomputed_iterations
 from pretrain.scaling.estimate import step_seconds
 
 
@@ -98,20 +98,70 @@ def fitted(config: TrainConfig, steps: Steps) -> TrainConfig:
     """
     if config.cluster.ranks != 1:
         raise DataError(f"Rates are fitted to one GPU's steps, not {config.cluster.ranks} GPUs'.")
-    flops, context = TokenFlops.of(config.model), config.model.context
     with_grad = np.minimum(steps.totals, config.depth.backprop)
-    forward = flops.iteration * (steps.totals - with_grad)
-    if config.engine.checkpoint_activations:
-        forward = forward + flops.iteration * with_grad
-    training = 3 * flops.once + 3 * flops.iteration * with_grad
+    recomputed = recomputed_iterations(with_grad, config.engine.model_kept_iterations)
+    no_grad = steps.totals - with_grad + recomputed
+    rows, each = steps.totals.shape[1], (no_grad.sum(axis=1), with_grad.sum(axis=1))
+    return _with_rates(config, rows, *each, steps.seconds - optimizer_s(config))
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """Bare forward and backward passes of one row on one GPU: no engine, no optimizer."""
+
+    no_grad: NDArray[np.int64]
+    """Iterations without gradient, [passes]."""
+    with_grad: NDArray[np.int64]
+    """Iterations with gradient, [passes]."""
+    seconds: NDArray[np.float64]
+    """Measured, [passes]."""
+
+
+def read_passes(path: Path, config: TrainConfig, *, gpu: str) -> Passes:
+    """What kernels/benchmarks/step.py measured of this model and path with one row in bf16.
+
+    Nothing is recomputed in them. Raises DataError where there is none.
+    """
+    model = config.model
+    wanted = {
+        "preset": model.name, "path": model.path.value, "precision": "bf16", "rows": "1",
+        "zero": "0", "kept_iterations": "", "gpu": gpu,
+    }  # fmt: skip
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if wanted.items() <= row.items()]
+    if not rows:
+        raise DataError(f"{path}: no row with {wanted}.")
+    return Passes(
+        np.array([int(row["no_grad"]) for row in rows]),
+        np.array([int(row["with_grad"]) for row in rows]),
+        np.array([model.context / float(row["tokens_per_s_per_gpu"]) for row in rows]),
+    )
+
+
+def fitted_to_passes(config: TrainConfig, passes: Passes) -> TrainConfig:
+    """As `fitted`, to bare passes."""
+    return _with_rates(config, 1, passes.no_grad, passes.with_grad, passes.seconds)
+
+
+def _with_rates(
+    config: TrainConfig,
+    rows: int,
+    no_grad: NDArray[np.int64],
+    with_grad: NDArray[np.int64],
+    seconds: NDArray[np.float64],
+) -> TrainConfig:
+    """The utilizations of work that `rows` rows each do: iterations [n] of all of them together."""
+    flops = TokenFlops.of(config.model)
+    forward = flops.iteration * no_grad
+    training = 3 * flops.once * rows + 3 * flops.iteration * with_grad
     # at the peak rate, so that the solution is the inverse of a utilization
-    peak = config.cluster.gpu_flops
-    work = np.stack([forward.sum(axis=1), training.sum(axis=1)], axis=1) * context / peak
-    inverse = np.linalg.lstsq(work, steps.seconds - optimizer_s(config), rcond=None)[0]
+    scale = config.model.context / config.cluster.gpu_flops
+    work = np.stack([forward, training], axis=1) * scale
+    inverse = np.linalg.lstsq(work, seconds, rcond=None)[0]
     if not (inverse >= 1).all():
         raise DataError(
-            f"{len(steps.seconds)} steps give utilizations of {1 / inverse[0]:.3g} without and "
-            f"{1 / inverse[1]:.3g} with gradient, which must be in (0, 1]: give more steps, whose "
+            f"{len(seconds)} measurements give utilizations of {1 / inverse[0]:.3g} without and "
+            f"{1 / inverse[1]:.3g} with gradient, which must be in (0, 1]: give more, whose "
             "depths differ more."
         )
     hardware = replace(config.cluster.hardware, forward_utilization=float(1 / inverse[0]))

@@ -1,13 +1,18 @@
-"""Memory by ZeRO stage: what is exact, against the arithmetic of the design."""
+"""Memory by ZeRO stage: what is exact by the design's arithmetic, the sum by measured peaks."""
 
+import csv
 import dataclasses
+from pathlib import Path
 
 import pytest
 
 from pretrain.engine.config import EngineConfig, Precision
 from pretrain.engine.memory import GIB, checkpoint_bytes, rank_memory
-from pretrain.model.config import ModelConfig
+from pretrain.model.activations import peak_activation_bytes
+from pretrain.model.config import ComputePath, ModelConfig, ProductPrecision
+from pretrain.model.cost import count_parameters
 
+RESULTS = Path(__file__).parents[2] / "kernels/benchmarks/results"
 HUGINN = ModelConfig(
     name="huginn-3.5b",
     width=5280,
@@ -67,6 +72,73 @@ def test_rows_buckets_overlap_and_recomputation_count():
     assert memory(bucket_elements=10**6).buffers == 4 * 10**6
     parts = dataclasses.asdict(memory())
     assert memory().total == sum(parts.values())
+
+
+def measured(name):
+    with (RESULTS / name).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def on_path(row):
+    is_8 = row["precision"] == "fp8"
+    return dataclasses.replace(
+        HUGINN,
+        path=ComputePath(row["path"]),
+        no_grad_precision=ProductPrecision("same" if row["precision"] == "bf16" else "fp8"),
+        grad_precision=ProductPrecision("fp8" if is_8 else "same"),
+    )
+
+
+def test_bare_passes_peak_where_it_is_predicted():
+    """Within 4 %, of one to four rows, 4 and 8 iterations with gradient, bf16 and float8.
+
+    In them bf16 gradients of coda and embedding stand beside the core's, 2.3 GB, counted at every
+    moment here; where the fullest one is the head they are not there yet: up to 4 % of two rows.
+    """
+    bare = [row for row in measured("step.csv") if row["zero"] == "0"]
+    paths = {(row["path"], row["precision"], row["rows"]) for row in bare}
+    assert {("fused", "bf16", "4"), ("fused", "fp8", "1"), ("reference", "bf16", "2")} <= paths
+    for row in bare:
+        model = on_path(row)
+        activations = peak_activation_bytes(
+            model, int(row["with_grad"]), rows=int(row["rows"]), element_bytes=2,
+            kept_iterations=None,
+        )  # fmt: skip
+        counts = count_parameters(model)
+        gradients = 2 * (counts["embedding"] + counts["coda"])
+        predicted, peak = 2 * PARAMETERS + gradients + activations, int(row["peak_bytes"])
+        if row["path"] == "compiled":
+            # counted as plain layers, which is said to be too much
+            assert predicted > 1.2 * peak
+        else:
+            assert predicted == pytest.approx(peak, rel=0.04), row
+
+
+def test_a_step_through_the_engine_peaks_where_it_is_predicted():
+    """92,978,767,872 bytes: ZeRO-1 on one GPU, one row. Half a per cent is 0.46 GB."""
+    rows = measured("engine.csv")
+    assert rows
+    for row in rows:
+        predicted = rank_memory(
+            on_path(row),
+            dataclasses.replace(BF16, zero_stage=int(row["zero"])),
+            backprop=8,
+            ranks=int(row["gpus"]),
+            micro_rows=1,
+        )
+        assert predicted.total == pytest.approx(int(row["peak_bytes"]), rel=0.005)
+
+
+def test_kept_iterations_count_between_none_and_all():
+    fused = dataclasses.replace(HUGINN, path=ComputePath.fused)
+
+    def total(**changes):
+        engine = dataclasses.replace(BF16, **changes)
+        return rank_memory(fused, engine, backprop=8, ranks=1, micro_rows=1).activations
+
+    kept = [total(checkpoint_activations=True, kept_iterations=kept) for kept in (0, 2, 4, 8)]
+    assert kept == sorted(set(kept))
+    assert kept[-1] == total()
 
 
 def test_a_checkpoint_is_weights_and_two_moments_in_fp32():

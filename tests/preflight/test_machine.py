@@ -6,7 +6,9 @@ import pytest
 from packaging.requirements import Requirement
 
 from pretrain.compose import load
+from pretrain.engine.config import Device
 from pretrain.loop.config import WandbMode
+from pretrain.model.config import ComputePath
 from pretrain.preflight.findings import Status
 from pretrain.preflight.machine import (
     check_batch,
@@ -15,6 +17,7 @@ from pretrain.preflight.machine import (
     check_python,
     check_run_folder,
     check_tracking,
+    check_triton,
     compare_package,
 )
 
@@ -64,6 +67,16 @@ def test_model_that_does_not_fit_is_a_warning_with_what_to_change(config):
     (memory,) = [finding for finding in found if finding.subject == "memory"]
     assert memory.status is Status.warn
     assert "engine.checkpoint_activations" in memory.remedy
+
+
+def test_a_fused_path_without_a_gpu_is_said_to_run_on_references(config):
+    cpu = dataclasses.replace(config, engine=dataclasses.replace(config.engine, device=Device.cpu))
+    (plain,) = check_triton(cpu)
+    fused = dataclasses.replace(cpu.model, path=ComputePath.fused)
+    (finding,) = check_triton(dataclasses.replace(cpu, model=fused))
+    assert finding.status is plain.status is Status.ok
+    told = "; model.path=fused runs the kernels' PyTorch references here"
+    assert finding.detail == f"{plain.detail}{told}"
 
 
 def test_batch_is_checked_against_this_hosts_ranks(config):

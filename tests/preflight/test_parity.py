@@ -1,7 +1,7 @@
 """The engine against plain data parallelism on the ranks at hand."""
 
 import math
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
@@ -84,6 +84,17 @@ def test_distances_are_relative_and_the_largest() -> None:
     got = Steps([4.0, 2.1, 1.02], [1.01, 2.0, 4.0])
     apart = distance(got, expected)
     assert astuple(apart) == pytest.approx(astuple(Distance(first_norm=0.01, loss=0.05, norm=0.01)))
+
+
+def test_what_keeps_iterations_is_left_out_with_recomputation() -> None:
+    engine = EngineConfig(
+        zero_stage=1, precision=Precision.bf16, checkpoint_activations=True, kept_iterations=2
+    )
+    ((name, change),) = alternatives(engine)
+    assert name == "engine.checkpoint_activations=true"
+    assert not replace(engine, **change).checkpoint_activations
+    ((_, change),) = alternatives(replace(engine, kept_iterations=0))
+    assert change == {"checkpoint_activations": False}
 
 
 def test_nothing_can_be_left_out_of_the_plainest_engine() -> None:

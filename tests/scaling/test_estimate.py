@@ -4,11 +4,16 @@ import numpy as np
 import pytest
 
 from pretrain.compose import load
+from pretrain.engine.config import Precision
 from pretrain.errors import ConfigError
 from pretrain.model.balance import Layout, simulate
 from pretrain.model.config import Sampling, Scope
-from pretrain.model.cost import mean_iterations
-from pretrain.scaling.compute import RowSeconds, validation_s
+from pretrain.scaling.compute import (
+    RowSeconds,
+    mean_row_iterations,
+    optimizer_s,
+    validation_s,
+)
 from pretrain.scaling.estimate import estimate, step_seconds, step_time
 from pretrain.scaling.what_if import what_if
 
@@ -71,8 +76,20 @@ def test_work_is_the_laws_whatever_was_simulated():
     few = step_time(config, simulated(config, steps=2))
     many = step_time(config, simulated(config, steps=30))
     assert few.compute_s == many.compute_s
-    iterations = mean_iterations(config.depth, rows=1)
+    iterations = mean_row_iterations(config, config.depth)
+    assert iterations[2] == 0
     assert few.compute_s == pytest.approx(8 * RowSeconds.of(config).at(*iterations))
+
+
+def test_an_update_is_what_one_h200_took_and_sums_grow_with_micro_steps():
+    """57.5 ms measured for 3.565 billion parameters; each micro-step adds 18 bytes for each."""
+    alone = {"cluster.gpus_per_node": 1}
+    many, half = (config_of(alone, {"batch.global_tokens": 4096 * rows}) for rows in (512, 256))
+    each = (optimizer_s(many) - optimizer_s(half)) / 256
+    assert each == pytest.approx(18 * 3_564_976_800 / 4.27e12)
+    assert optimizer_s(many) - 512 * each == pytest.approx(57.5e-3, rel=0.005)
+    wide = config_of(alone, {"engine.precision": Precision.fp32})
+    assert optimizer_s(many) - optimizer_s(wide) == pytest.approx(512 * each / 3)
 
 
 def test_wait_by_depth_is_the_simulated_wait_of_the_core():
@@ -88,7 +105,7 @@ def test_wait_by_depth_is_the_simulated_wait_of_the_core():
         simulation = simulated(config)
         wait = simulation.wait(Layout(ranks=64, micro_rows=1, zero_stage=stage)).slowest
         row, step = RowSeconds.of(config), step_time(config, simulation)
-        mean = row.at(*mean_iterations(config.depth, rows=1))
+        mean = row.at(*mean_row_iterations(config, config.depth))
         core = 1 - row.once_s / mean
         # the stratified mean of a step is within 0.3 % of the law's
         assert step.depth_wait_s / step.compute_s == pytest.approx((wait - 1) * core, rel=5e-3)
@@ -141,7 +158,7 @@ def test_a_link_counts_where_it_is_the_slowest_edge():
 def test_faster_passes_make_faster_steps():
     base = estimate_of(EIGHT_HOSTS).step.total_s
     for name in ("cluster.hardware.forward_utilization", "cluster.utilization"):
-        assert estimate_of(EIGHT_HOSTS, {name: 0.8}).step.total_s < base
+        assert estimate_of(EIGHT_HOSTS, {name: 0.95}).step.total_s < base
     recomputed = estimate_of(EIGHT_HOSTS, RECOMPUTED).step
     # 8 iterations more than the 49 passes' worth that there are
     assert 1.1 < recomputed.total_s / base < 1.2
@@ -181,7 +198,7 @@ def test_steps_with_known_depths_take_the_slowest_rank_and_the_exchange():
     assert seconds[1] - seconds[0] == pytest.approx(100 * row.no_grad_s)
     step = step_time(config, simulated(config))
     fixed = step.communication_s + step.optimizer_s
-    assert seconds[0] == pytest.approx(8 * row.at(24, 8) + fixed)
+    assert seconds[0] == pytest.approx(8 * row.at(24, 8, 0) + fixed)
 
 
 def test_validation_costs_its_depths_and_rows():

@@ -10,7 +10,17 @@ import pytest
 from pretrain.compose import load
 from pretrain.errors import DataError
 from pretrain.scaling.estimate import step_seconds
-from pretrain.scaling.measured import Steps, compare, fitted, read_scaled, read_steps
+from pretrain.scaling.measured import (
+    Steps,
+    compare,
+    fitted,
+    fitted_to_passes,
+    read_passes,
+    read_scaled,
+    read_steps,
+)
+from pretrain.scaling.what_if import what_if
+from pretrain.testing import load_module
 
 RESULTS = Path(__file__).parents[2] / "kernels/benchmarks/results"
 ONE_GPU = ["experiment=huginn-3.5b", "cluster.gpus_per_node=1", "batch.global_tokens=32768"]
@@ -22,9 +32,22 @@ def one_gpu(*overrides):
     return load("train", [*ONE_GPU, *overrides])
 
 
-def test_shipped_rates_are_those_of_the_record():
+def plain(*overrides):
+    """A run of the plain path on one GPU, at the rates of the first record."""
+    start = one_gpu("model.path=reference")
+    found = fitted(start, read_steps(KEPT, start)).cluster
+    rates = {
+        "cluster.utilization": found.utilization,
+        "cluster.hardware.forward_utilization": found.hardware.forward_utilization,
+    }
+    return what_if(one_gpu("model.path=reference", *overrides), rates)
+
+
+def test_shipped_rates_are_those_of_the_fused_paths_passes():
     config = one_gpu()
-    found = fitted(config, read_steps(KEPT, config)).cluster
+    passes = read_passes(RESULTS / "step.csv", config, gpu="NVIDIA H200")
+    assert len(set(zip(passes.no_grad, passes.with_grad, strict=True))) >= 4
+    found = fitted_to_passes(config, passes).cluster
     # they are written with three digits
     assert config.cluster.utilization == pytest.approx(found.utilization, abs=5e-4)
     shipped = config.cluster.hardware.forward_utilization
@@ -32,7 +55,7 @@ def test_shipped_rates_are_those_of_the_record():
 
 
 def test_recomputed_steps_are_predicted_from_steps_that_kept_activations():
-    config = one_gpu("engine.checkpoint_activations=true")
+    config = plain("engine.checkpoint_activations=true")
     found = compare(config, read_steps(RECOMPUTED, config))
     assert len(found.measured) == 9
     assert np.abs(found.errors).max() < 0.015
@@ -58,6 +81,35 @@ def test_a_fit_recovers_rates_that_made_the_steps():
     comparison = compare(config, made)
     assert comparison.explained == pytest.approx(1)
     assert comparison.bias == pytest.approx(0)
+
+
+def test_passes_of_what_was_not_measured_are_refused():
+    with pytest.raises(DataError, match=r"no row with .*NVIDIA A100"):
+        read_passes(RESULTS / "step.csv", one_gpu(), gpu="NVIDIA A100")
+
+
+def test_whole_steps_are_predicted_from_bare_passes_within_a_per_cent():
+    """engine.csv: 3,119.9 and 3,617.1 tokens/s at the realised depths; share_of_bare says what
+    passes alone would have taken of them, by three fitted numbers."""
+    benchmark = load_module(RESULTS.parent / "scaling.py")
+    runs = benchmark.engine_runs()
+    assert {row["accumulation"] for row, _ in runs} == {"1", "8"}
+    for row, predicted_s in runs:
+        seconds = float(row["seconds"])
+        assert predicted_s == pytest.approx(seconds, rel=0.01)
+        # the depths are the run's own: passes are the same share of both, within the prediction
+        assert float(row["share_of_bare"]) * seconds < predicted_s < seconds
+
+
+def test_a_fit_tells_recomputed_iterations_from_kept_ones():
+    """Made with 3 of 8 kept; a fit that counted 8 or none again would find other rates."""
+    overrides = ["engine.checkpoint_activations=true", "engine.kept_iterations=3"]
+    config = one_gpu(*overrides)
+    totals = read_steps(KEPT, one_gpu()).totals
+    found = fitted(config, Steps(totals, step_seconds(config, totals))).cluster
+    assert found.utilization == pytest.approx(config.cluster.utilization)
+    other = one_gpu(overrides[0])
+    assert (step_seconds(other, totals) > step_seconds(config, totals)).all()
 
 
 def test_depths_of_another_run_are_refused(tmp_path):
@@ -110,7 +162,7 @@ def test_speed_of_several_gpus_is_predicted_from_one_and_read_beside(tmp_path):
 
 def test_two_gpus_are_predicted_from_one_within_a_per_cent():
     """Measured 0.877, 0.857 and 0.856, with recomputed activations, over steps 2 to 4."""
-    config = one_gpu("engine.checkpoint_activations=true")
+    config = plain("engine.checkpoint_activations=true")
     found = read_scaled(RESULTS / "reliability.csv", config, steps=range(2, 5))
     assert {row.zero_stage for row in found} == {1, 2, 3}
     for row in found:

@@ -81,6 +81,7 @@ class Float8Weights(NamedTuple):
     """Each transposed, a scale for every input; None where nothing is differentiated."""
 
     @staticmethod
+    @torch.no_grad()
     def of(weights: LayerWeights, *, has_gradient: bool) -> "Float8Weights":
         """Quantized now; the weights must not change while this is in use."""
         matrices = (weights.qkv, weights.output, weights.gate_up, weights.down)
