@@ -39,7 +39,8 @@ def test_each_run_appends_a_row_for_each_reader(benchmark, capsys):
         assert tuple(row) == benchmark.COLUMNS
         assert 0 < float(row["p20"]) <= float(row["median_us"]) <= float(row["p80"])
         assert row["commit"]
-        assert (float(row["ratio"]) == 1.0) is (row["op"] == names[1])
+        # any other reader may be as fast by chance
+        assert float(row["ratio"]) == 1.0 if row["op"] == names[1] else float(row["ratio"]) > 0
     said = capsys.readouterr().out
     assert f"reads {float(rows[len(names)]['ratio']):.2f} times as many rows/s" in said
     with benchmark.NEEDS.open() as file:
