@@ -4,7 +4,7 @@ import dataclasses
 from enum import Enum
 
 from pretrain.data.config import DataConfig, InspectConfig, TokenizerConfig
-from pretrain.engine.config import CheckpointConfig, EngineConfig
+from pretrain.engine.config import CheckpointConfig, EngineConfig, Precision
 from pretrain.errors import ConfigError
 from pretrain.jobs.config import ClusterConfig, SubmitOptions, SweepOptions
 from pretrain.loop.config import (
@@ -16,7 +16,7 @@ from pretrain.loop.config import (
     ValidationConfig,
 )
 from pretrain.loop.guard_config import GuardConfig
-from pretrain.model.config import ComputePath, DepthConfig, ModelConfig
+from pretrain.model.config import ComputePath, DepthConfig, ModelConfig, ProductPrecision
 from pretrain.optim.config import OptimizerConfig, ScheduleConfig
 from pretrain.preflight.config import DoctorOptions
 
@@ -63,7 +63,17 @@ class TrainConfig:
                 "compiled step inside a module whose weights are gathered); take "
                 "engine.zero_stage=2 or model.path=fused."
             )
+        self._check_float8()
         self._check_dealing(rows)
+
+    def _check_float8(self) -> None:
+        for name in ("no_grad_precision", "grad_precision"):
+            is_float8 = getattr(self.model, name) is ProductPrecision.fp8
+            if is_float8 and self.engine.precision is not Precision.bf16:
+                raise ConfigError(
+                    f"model.{name}=fp8 needs engine.precision=bf16, not "
+                    f"{self.engine.precision.value}: float8 products give bf16."
+                )
 
     def _check_dealing(self, rows: int) -> None:
         depth = self.depth

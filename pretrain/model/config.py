@@ -102,7 +102,7 @@ class ModelConfig:
     path: ComputePath = ComputePath.reference
     """reference: plain PyTorch; compiled: layers by torch.compile; fused: hand-written passes."""
     no_grad_precision: ProductPrecision = ProductPrecision.same
-    """Of the iterations without gradient; fp8 needs path=fused."""
+    """Of iterations without gradient, in evaluation of all; fp8 needs path=fused, bf16 weights."""
     grad_precision: ProductPrecision = ProductPrecision.same
     """Of all else but the adapter, the head and weight gradients; fp8 needs path=fused."""
 
@@ -128,6 +128,11 @@ class ModelConfig:
                 raise ConfigError(
                     f"model.{name}={getattr(self, name).value} needs model.path=fused, not "
                     f"{self.path.value}."
+                )
+            if getattr(self, name) is ProductPrecision.fp8 and (self.width % 16 or self.inner % 16):
+                raise ConfigError(
+                    f"model.{name}=fp8 needs model.width and model.inner in multiples of 16, which "
+                    f"GPUs multiply in float8, not {self.width} and {self.inner}."
                 )
         unpublished = [
             f"model.{name}={value.value if isinstance(value, Enum) else value}"

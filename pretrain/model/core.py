@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pretrain.errors import ConfigError
 from pretrain.model.block import make_block
 from pretrain.model.cache import Span
 from pretrain.model.config import ComputePath, Injection, ModelConfig, ProductPrecision
@@ -79,8 +80,10 @@ class RecurrentCore(nn.Module):
         """The state of each row after its own depth, and those after `keep` iterations.
 
         0 is the start; a row whose depth is smaller has its last state. With kept_iterations the
-        backward pass computes all but the last so many iterations again. On the fused path states
-        that are kept have no gradient, nor has the start.
+        backward pass computes all but the last so many iterations again.
+
+        Raises ConfigError where the fused path, which differentiates the last states alone, is
+        asked for gradients of kept states or of the start.
         """
         order = sorted(range(len(depths)), key=lambda row: -depths[row].total)
         depths = [depths[row] for row in order]
@@ -88,8 +91,11 @@ class RecurrentCore(nn.Module):
             index_B = torch.tensor(order, device=state_BTD.device)
             embedded_BTD, state_BTD = embedded_BTD[index_B], state_BTD[index_B]
             layout = layout.rows(index_B)
+        is_fused = self.config.path is ComputePath.fused
+        if is_fused and torch.is_grad_enabled():
+            _check_differentiable(state_BTD, depths, keep)
         kept = _Kept(state_BTD, depths, keep)
-        run = self._run_fused if self.config.path is ComputePath.fused else self._run
+        run = self._run_fused if is_fused else self._run
         last_BTD = run(embedded_BTD, state_BTD, depths, layout, kept, kept_iterations)
         states = (last_BTD, *(kept.after(iterations) for iterations in keep))
         if is_mixed:
@@ -133,6 +139,23 @@ class RecurrentCore(nn.Module):
             see=kept.see,
         )
         return fused_core(recurrence, embedded_BTD, state_BTD)
+
+
+def _check_differentiable(
+    start_BTD: Tensor, depths: Sequence[Depth], keep: Sequence[int]
+) -> None:
+    """ConfigError if a gradient is wanted that the fused path would leave out in silence."""
+    remedy = "call the model under torch.no_grad(), or take model.path=reference."
+    if keep and any(depth.with_grad for depth in depths):
+        raise ConfigError(
+            f"model.path=fused keeps no gradient of the states after iterations {list(keep)}, and "
+            f"gradients are enabled: {remedy}"
+        )
+    if start_BTD.requires_grad:
+        raise ConfigError(
+            "model.path=fused gives the initial state no gradient, and initial_state requires "
+            f"one: {remedy}"
+        )
 
 
 class _Kept:

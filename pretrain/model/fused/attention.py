@@ -46,10 +46,11 @@ def choose_backend(q_BHTK: Tensor, layout: Layout) -> Backend:
         backend = REPLAYED
     elif not q_BHTK.is_cuda:
         backend = CPU
-    elif q_BHTK.dtype.itemsize != 2:
+    elif q_BHTK.dtype.itemsize != 2 or q_BHTK.shape[-1] % 8:
+        # no kernel here takes head widths that are no multiple of 8: torch pads them
         backend = REPLAYED
-    elif torch.are_deterministic_algorithms_enabled() or q_BHTK.shape[-1] % 8:
-        # cuDNN refuses deterministic algorithms, and head widths that are no multiple of 8
+    elif torch.are_deterministic_algorithms_enabled():
+        # which cuDNN refuses
         backend = FLASH
     else:
         backend = CUDNN
@@ -130,7 +131,13 @@ def _replayed_backward(
         q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
         mixed, _ = _replayed_forward(q, k, v, layout)
     dq, dk, dv = torch.autograd.grad(mixed, (q, k, v), dmixed)
-    return dq, dk, dv
+    # where torch multiplies matrices itself, it gives the gradient of keys transposed
+    return _by_channel(dq), _by_channel(dk), _by_channel(dv)
+
+
+def _by_channel(gradient_BHTK: Tensor) -> Tensor:
+    """The same with a head's channels beside each other in memory, copied only if needed."""
+    return gradient_BHTK if gradient_BHTK.stride(-1) == 1 else gradient_BHTK.contiguous()
 
 
 CUDNN = Backend("cuDNN", _cudnn_forward, _cudnn_backward)

@@ -49,13 +49,16 @@ class _Block(Function):
     ) -> Tensor:
         weights = LayerWeights.of(block)
         chained = norm_chain(
-            None, x_BTD.flatten(0, 1), gain_b_D=weights.norm_1, epsilon=place.epsilon,
-            fp8=float8 is not None,
+            None, x_BTD.contiguous().flatten(0, 1),
+            gain_b_D=weights.norm_1, epsilon=place.epsilon, fp8=float8 is not None,
         )  # fmt: skip
         given = LayerInput.after(chained, None)
         after, saved = layer_forward(weights, given, place, None, float8)
         ctx.block, ctx.place, ctx.float8 = block, place, float8 if keeps else None
-        # not through save_for_backward: none of it is an input or output, so no cycle can arise
+        # `saved` may hold the memory of x: so autograd notices if somebody writes there
+        ctx.save_for_backward(x_BTD)
+        # the rest not that way, which is for inputs and outputs; the output is a view made below,
+        # so no cycle arises
         ctx.saved = (chained, saved) if keeps else None
         normed_ND = after.normed_ND
         assert isinstance(normed_ND, Tensor)
@@ -66,6 +69,8 @@ class _Block(Function):
     def backward(ctx: Any, dx_BTD: Tensor) -> tuple[Tensor | None, ...]:
         weights, place = LayerWeights.of(ctx.block), ctx.place
         (chained, saved), ctx.saved = taken_once(ctx.saved), None
+        # raises if x has been written to
+        _ = ctx.saved_tensors
         sums = GradientSums.once()
         dnormed_ND, dstream_ND = layer_backward(
             weights, saved, place, None, sums, dx_BTD.contiguous().flatten(0, 1), None, ctx.float8

@@ -99,7 +99,8 @@ class Recurrence:
         """The state of each row after its own depth, [B, T, D]; `passes` fills up if `keeps`."""
         weights, total = self.weights, self.depths[0].total
         injected_BTD = _flat(embedded_BTD).mm(self.adapter[1].t()).view_as(embedded_BTD)
-        self.injected_BTD = injected_BTD if keeps else None
+        is_all_kept = self.kept_iterations >= self.gradient_iterations
+        self.injected_BTD = injected_BTD if keeps and not is_all_kept else None
         if self.float8_suffix or (self.float8_prefix and total > self.gradient_iterations):
             # once for all iterations: 0.1 % of a micro-step at 3.5B
             has_gradient = self.float8_suffix and keeps
@@ -231,7 +232,8 @@ class _Core(Function):
         *parameters: Tensor,
     ) -> Tensor:
         ctx.recurrence = recurrence
-        ctx.save_for_backward(embedded_BTD)
+        # the start, too, is a state to differentiate at: autograd notices if somebody writes there
+        ctx.save_for_backward(embedded_BTD, start_BTD)
         return recurrence.run(embedded_BTD, start_BTD, keeps=True)
 
     @staticmethod
@@ -239,13 +241,14 @@ class _Core(Function):
     def backward(ctx: Any, dstate_BTD: Tensor) -> tuple[Tensor | None, ...]:
         recurrence: Recurrence = taken_once(ctx.recurrence)
         ctx.recurrence = None
-        (embedded_BTD,) = ctx.saved_tensors
+        embedded_BTD, _ = ctx.saved_tensors
         adapter, width = recurrence.iteration.adapter, embedded_BTD.shape[-1]
         assert adapter is not None
         on_state_DD, on_embedded_DD = recurrence.adapter
         sums = GradientSums(uses=len(recurrence.passes))
         wide = torch.promote_types(embedded_BTD.dtype, torch.float32)
-        dinjected_BTD = torch.zeros_like(embedded_BTD, dtype=wide)
+        # contiguous whatever embedded_BTD is: it is added to through a flat view
+        dinjected_BTD = embedded_BTD.new_zeros(embedded_BTD.shape, dtype=wide)
         dstate_ATD = dstate_BTD.contiguous()
         for left in range(1, len(recurrence.passes) + 1):
             state_ND, place, kept = recurrence.passes.pop()

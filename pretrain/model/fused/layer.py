@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pretrain.model.fused.attention import Attended, choose_backend
+from pretrain.model.fused.attention import Attended, Backend, choose_backend
 from pretrain.model.fused.products import GradientSums, input_gradient, project
 from pretrain.model.layout import Layout
 from pretrain_kernels.fp8 import Fp8
@@ -138,6 +138,7 @@ class Saved(NamedTuple):
 
     given: LayerInput
     qkv_N3HK: Tensor
+    backend: Backend
     attended: Attended
     middle: LayerInput
     gate_up_N2I: Tensor
@@ -163,7 +164,8 @@ def layer_forward(
     qkv_N3HK = qkv_NX.view(rows * tokens, 3, *weights.qk_bias.shape[-2:])
     qk_rope_(qkv_N3HK, weights.qk_bias.squeeze(1), *place.angles)
     q, k, v = _heads(qkv_N3HK, rows)
-    attended = choose_backend(q, place.layout).forward(q, k, v, place.layout)
+    backend = choose_backend(q, place.layout)
+    attended = backend.forward(q, k, v, place.layout)
     mixed_ND = _flat(attended.mixed_BHTK)
     branch_ND = project(quantize_rows(mixed_ND) if is_8 else mixed_ND, matrices.output)
     middle = LayerInput.after(
@@ -184,7 +186,7 @@ def layer_forward(
         ),
         weights.norm_4,
     )  # fmt: skip
-    return after, Saved(given, qkv_N3HK, attended, middle, gate_up_N2I, after)
+    return after, Saved(given, qkv_N3HK, backend, attended, middle, gate_up_N2I, after)
 
 
 def layer_backward(
@@ -232,8 +234,7 @@ def layer_backward(
     sums.add_product(weights.output, ds2_ND, _flat(mixed_BHTK))
     q, k, v = _heads(saved.qkv_N3HK, rows)
     dmixed_BHTK = dmixed_ND.view(mixed_BHTK.transpose(1, 2).shape).transpose(1, 2)
-    backend = choose_backend(q, place.layout)
-    gradients = backend.backward(dmixed_BHTK, q, k, v, saved.attended, place.layout)
+    gradients = saved.backend.backward(dmixed_BHTK, q, k, v, saved.attended, place.layout)
     dq_BTHK, dk_BTHK, dv_BTHK = (gradient.transpose(1, 2) for gradient in gradients)
     dqkv_N3HK = qk_rope_backward(
         dq_BTHK, dk_BTHK, dv_BTHK, *place.angles,

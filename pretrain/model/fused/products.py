@@ -2,6 +2,8 @@
 
 # N rows x tokens  I inputs  O outputs of a weight
 
+import functools
+import logging
 from typing import Self
 
 import torch
@@ -10,13 +12,15 @@ from torch import Tensor
 from pretrain_kernels.fp8 import Fp8
 from pretrain_kernels.quantize_rows import quantize_rows
 
+log = logging.getLogger(__name__)
+
 
 def project(x_NI: Tensor | Fp8, weight_OI: Tensor | Fp8) -> Tensor:
     """x W^T: [N, O] in the dtype of x; bf16 where both are rows of float8 with their scales."""
     if isinstance(x_NI, Fp8):
         assert isinstance(weight_OI, Fp8)
         if not x_NI.values_ND.is_cuda:
-            # only GPUs multiply float8; the same numbers, then
+            _announce_emulation(str(x_NI.values_ND.device))
             return torch.mm(widen(x_NI), widen(weight_OI).t()).to(torch.bfloat16)
         return torch._scaled_mm(
             x_NI.values_ND,
@@ -28,6 +32,15 @@ def project(x_NI: Tensor | Fp8, weight_OI: Tensor | Fp8) -> Tensor:
         )
     assert isinstance(weight_OI, Tensor)
     return torch.mm(x_NI, weight_OI.t())
+
+
+@functools.cache
+def _announce_emulation(device: str) -> None:
+    log.warning(
+        "float8 products on %s are computed in float32 from the same float8 numbers, which saves "
+        "no time: only GPUs multiply float8",
+        device,
+    )
 
 
 def input_gradient(dy_NO: Tensor, weight_OI: Tensor, weight_IO: Fp8 | None) -> Tensor:

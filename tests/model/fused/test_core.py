@@ -1,20 +1,20 @@
 """The hand-written passes against autograd through the plain modules."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
 from pretrain.errors import ConfigError
-from pretrain.model.config import ComputePath, DocumentMask, ModelConfig, ProductPrecision
+from pretrain.model.config import ComputePath, DocumentMask, ProductPrecision
 from pretrain.model.depth import Depth
-from pretrain.model.init import initialize
-from pretrain.model.recurrent import RecurrentModel
+from pretrain.testing import load_module
 
-SMALL = ModelConfig(
-    name="small", width=96, heads=2, inner=160, prelude_layers=2, core_layers=2, coda_layers=1,
-    vocabulary_size=61, context=19,
-)  # fmt: skip
+PATHS = load_module(Path(__file__).with_name("both_paths.py"))
+SMALL, TOLERANCE = PATHS.SMALL, PATHS.TOLERANCE
+model_of, models, batch, gradients = PATHS.model_of, PATHS.models, PATHS.batch, PATHS.gradients
+
 DEPTHS = {
     "one row": [Depth(2, 3)],
     "no prefix": [Depth(0, 3), Depth(0, 3)],
@@ -23,46 +23,6 @@ DEPTHS = {
     "suffixes that end inside": [Depth(3, 1), Depth(0, 3), Depth(2, 2)],
     "a row without gradient": [Depth(3, 0), Depth(1, 2)],
 }
-
-
-def models(dtype=torch.float64, **changes):
-    """The plain model and the fused one, with the same weights."""
-    config = dataclasses.replace(SMALL, **changes)
-    found = []
-    for path in (ComputePath.reference, ComputePath.fused):
-        model = RecurrentModel(dataclasses.replace(config, path=path)).to(dtype)
-        initialize(model, mean_depth=3, seed=1)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                # gains are 1 and biases 0 at the start, which would hide a mistake
-                if parameter.ndim != 2:
-                    generator = torch.Generator().manual_seed(parameter.numel())
-                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-        found.append(model)
-    return found
-
-
-def batch(rows, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(61, (rows, 20), generator=generator)
-    return {
-        "tokens": tokens[:, :-1],
-        "labels": tokens[:, 1:],
-        "initial_state": torch.randn(rows, 19, 96, generator=generator, dtype=dtype),
-        "keep_logits": False,
-    }
-
-
-def gradients(model, inputs, depths):
-    """The loss and the gradient of every parameter."""
-    model.zero_grad()
-    output = model(depths=depths, **inputs)
-    output.loss.backward()
-    return output.loss.detach(), {n: p.grad for n, p in model.named_parameters()}
-
-
-# float64 rounds at 1e-16; sums over a few hundred terms and six layers leave three digits less.
-TOLERANCE = 1e-12
 
 
 @pytest.mark.parametrize("depths", DEPTHS.values(), ids=DEPTHS.keys())
@@ -132,7 +92,7 @@ def test_float8_products_stay_near_and_do_something(precisions):
     """A float8 product errs by about 2^-4 / sqrt(3) x sqrt(2) = 5 %; four in a row by 10 %."""
     depths = [Depth(4, 3), Depth(1, 2)]
     wide, _ = models(torch.float64)
-    narrow = float8_model(precisions)
+    narrow = model_of(ComputePath.fused, torch.bfloat16, **precisions)
     narrow.load_state_dict(wide.state_dict())
     inputs = batch(2, torch.bfloat16)
     exact = {**inputs, "initial_state": inputs["initial_state"].double()}
@@ -148,14 +108,8 @@ def test_float8_products_stay_near_and_do_something(precisions):
     assert changed == set(found)
 
 
-def float8_model(precisions):
-    config = dataclasses.replace(SMALL, path=ComputePath.fused, **precisions)
-    return RecurrentModel(config).to(torch.bfloat16)
-
-
 def test_recomputing_in_float8_changes_no_bit():
-    fused = float8_model(FLOAT8["all"])
-    fused.load_state_dict(models(torch.bfloat16)[0].state_dict())
+    fused = model_of(ComputePath.fused, torch.bfloat16, **FLOAT8["all"])
     results = []
     for kept_iterations in (None, 0):
         fused.kept_iterations = kept_iterations
@@ -170,8 +124,8 @@ def test_documents_may_be_isolated():
     wanted_loss, wanted = gradients(plain, inputs, [Depth(1, 2)] * 2)
     loss, found = gradients(fused, inputs, [Depth(1, 2)] * 2)
     torch.testing.assert_close(loss, wanted_loss, rtol=TOLERANCE, atol=0)
-    for name, gradient in wanted.items():
-        assert (found[name] - gradient).norm() < TOLERANCE * gradient.norm(), name
+    for name, distance in PATHS.distances(found, wanted).items():
+        assert distance < TOLERANCE, f"{name}: {distance}"
 
 
 def test_losses_at_depths_are_those_of_the_plain_modules():
