@@ -63,6 +63,7 @@ def trial_config(config: TrainConfig, *, ranks: int) -> TrainConfig:
         coda_layers=1,
         vocabulary_size=VOCABULARY,
         context=CONTEXT,
+        path=config.model.path,
     )
     return dataclasses.replace(
         config,
