@@ -103,3 +103,23 @@ class TestMicro:
         )  # fmt: skip
         assert done.returncode == 3
         assert "needs a CUDA GPU" in done.stderr
+
+
+def test_the_page_of_kernels_says_what_was_measured():
+    """Each cell of its table is in the CSV, in the row of that op, shape and provider."""
+    with (BENCHMARKS / "results/micro.csv").open() as file:
+        kept = list(csv.DictReader(file))
+    page = (BENCHMARKS.parent / "README.md").read_text()
+    table = page[page.index("| op | shape | ours") :].split("\n\n")[0].splitlines()
+    seen = set()
+    for line in table[2:]:
+        op, shape, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        rows = [row for row in kept if (row["op"], row["shape"]) == (op, shape)]
+        columns = ("ours", "eager", "torch.compile", "liger")
+        for provider, cell in zip(columns, cells[:4], strict=True):
+            times = [row["median_us"] for row in rows if row["provider"] == provider]
+            assert cell in times or (cell == "–" and not times), (op, provider, cell)
+        assert cells[4] in [row["limit_share"] for row in rows if row["provider"] == "ours"], op
+        seen.add((op, shape))
+    wanted = {(row["op"], row["shape"]) for row in kept if row["provider"] == "ours"}
+    assert seen == wanted

@@ -20,7 +20,7 @@ MAY_BE = {
     0: {
         "run.seed", "optimizer.weight_decay", "optimizer.beta1", "optimizer.beta2",
         "optimizer.gradient_clip", "schedule.warmup_tokens", "schedule.cooldown_tokens",
-        "schedule.min_learning_rate", "engine.zero3_persistent_elements",
+        "schedule.min_learning_rate", "engine.zero3_persistent_elements", "engine.kept_iterations",
         "checkpoint.keep_every_steps", "depth.ramp_rows", "cluster.max_requeues",
         "cluster.max_resubmits",
     },

@@ -85,7 +85,10 @@ def test_a_fused_run_is_evaluated_and_read(workspace: Path, plain: Path, fused: 
     texts, losses = [], []
     for run_dir in (plain, fused):
         done = run_cli(
-            workspace, "evaluate", f"run.dir={run_dir}", "evaluate.depths=[1,2,4]",
+            workspace,
+            "evaluate",
+            f"run.dir={run_dir}",
+            "evaluate.depths=[1,2,4]",
             "evaluate.rows=8",
         )
         assert done.returncode == 0, done.stderr

@@ -141,9 +141,7 @@ class RecurrentCore(nn.Module):
         return fused_core(recurrence, embedded_BTD, state_BTD)
 
 
-def _check_differentiable(
-    start_BTD: Tensor, depths: Sequence[Depth], keep: Sequence[int]
-) -> None:
+def _check_differentiable(start_BTD: Tensor, depths: Sequence[Depth], keep: Sequence[int]) -> None:
     """ConfigError if a gradient is wanted that the fused path would leave out in silence."""
     remedy = "call the model under torch.no_grad(), or take model.path=reference."
     if keep and any(depth.with_grad for depth in depths):

@@ -48,40 +48,38 @@ def test_an_initial_state_that_wants_a_gradient_is_refused():
 def test_the_core_takes_embedded_tokens_of_any_strides():
     plain, fused = PATHS.models()
     generator = torch.Generator().manual_seed(0)
-    embedded_TBD = torch.randn(19, 2, 96, generator=generator, dtype=torch.float64)
-    start_BTD = torch.randn(2, 19, 96, generator=generator, dtype=torch.float64)
+    embedded = torch.randn(19, 2, 96, generator=generator, dtype=torch.float64)
+    start = torch.randn(2, 19, 96, generator=generator, dtype=torch.float64)
     results = []
     for model in (plain, fused):
-        leaf_TBD = embedded_TBD.clone().requires_grad_()
-        last_BTD, _ = model.core(
-            leaf_TBD.transpose(0, 1), start_BTD, depths=[Depth(1, 2)] * 2, layout=layout()
-        )
+        leaf = embedded.clone().requires_grad_()
+        last, _ = model.core(leaf.transpose(0, 1), start, depths=[Depth(1, 2)] * 2, layout=layout())
         # a gradient of other strides, too
-        last_BTD.transpose(0, 1).square().sum().backward()
-        assert leaf_TBD.grad is not None
-        results.append((last_BTD.detach(), leaf_TBD.grad, model.core.iteration.adapter.grad))
+        last.transpose(0, 1).square().sum().backward()
+        assert leaf.grad is not None
+        results.append((last.detach(), leaf.grad, model.core.iteration.adapter.grad))
     for found, wanted in zip(results[1], results[0], strict=True):
         assert (found - wanted).norm() < PATHS.TOLERANCE * wanted.norm()
 
 
 def test_a_layer_takes_any_strides():
     plain, fused = PATHS.models()
-    wide_BTX = torch.randn(2, 19, 200, dtype=torch.float64)
+    wide = torch.randn(2, 19, 200, dtype=torch.float64)
     results = []
     for model in (plain, fused):
-        leaf_BTX = wide_BTX.clone().requires_grad_()
-        model.prelude[0](leaf_BTX[..., :96], layout()).square().sum().backward()
-        assert leaf_BTX.grad is not None
-        results.append(leaf_BTX.grad)
+        leaf = wide.clone().requires_grad_()
+        model.prelude[0](leaf[..., :96], layout()).square().sum().backward()
+        assert leaf.grad is not None
+        results.append(leaf.grad)
     assert (results[1] - results[0]).norm() < PATHS.TOLERANCE * results[0].norm()
 
 
 def test_writing_to_what_the_backward_pass_needs_is_noticed():
     _, fused = PATHS.models()
     layer, inputs = fused.prelude[0], PATHS.batch(2)
-    x_BTD = inputs["initial_state"].clone()
-    loss = layer(x_BTD, layout()).sum()
-    x_BTD.zero_()
+    x = inputs["initial_state"].clone()
+    loss = layer(x, layout()).sum()
+    x.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
     loss = fused(depths=[Depth(0, 2)] * 2, **inputs).loss
@@ -110,7 +108,9 @@ def test_parameters_without_gradient_get_none():
     assert all(torch.equal(found[name], wanted[name]) for name in found.keys() - frozen)
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"])
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"]
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 def test_without_gradients_the_loss_is_the_same_bits(mode, dtype):
     _, fused = PATHS.models(dtype)

@@ -54,8 +54,8 @@ def test_gradients_err_no_more_than_the_plain_modules(device, documents):
     inputs = PATHS.batch(len(DEPTHS), torch.bfloat16, context=context, width=WIDTH)
     inputs = {k: v.to(device) if k != "keep_logits" else v for k, v in inputs.items()}
     if documents is DocumentMask.isolated:
-        token_T = torch.arange(context, device=device)
-        inputs["documents"] = token_T.div(23, rounding_mode="floor").expand(len(DEPTHS), -1)
+        positions = torch.arange(context, device=device)
+        inputs["documents"] = positions.div(23, rounding_mode="floor").expand(len(DEPTHS), -1)
     wide = {**inputs, "initial_state": inputs["initial_state"].double()}
     wanted_loss, wanted = PATHS.gradients(exact, wide, DEPTHS)
     results = [PATHS.gradients(model, inputs, DEPTHS) for model in (plain, fused)]
