@@ -38,6 +38,8 @@ COMMANDS = (
     Command("sweep collect", "sweep", "the runs of a sweep by held-out loss, as a table and CSV"),
     Command("evaluate", "evaluate", "held-out loss at several depths"),
     Command("generate", "generate", "continue a prompt"),
+    Command("report", "report", "one run or several as a page: curves, depth, lives, states"),
+    Command("top", "top", "watch a run in the terminal"),
     Command("replay", "replay", "rerun the batch of one step, row by row"),
     Command("adopt", "adopt", "start a run from published weights and their tokenizer"),
     Command("export", "export", "write a run as a Hugging Face folder"),

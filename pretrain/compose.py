@@ -37,6 +37,8 @@ SCHEMAS = {
     "doctor": tree.DoctorConfig,
     "evaluate": tree.EvaluateConfig,
     "generate": tree.GenerateConfig,
+    "report": tree.ReportConfig,
+    "top": tree.TopConfig,
     "replay": tree.ReplayConfig,
     "adopt": tree.AdoptConfig,
     "export": tree.ExportConfig,

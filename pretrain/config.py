@@ -19,6 +19,7 @@ from pretrain.loop.guard_config import GuardConfig
 from pretrain.model.config import ComputePath, DepthConfig, ModelConfig, ProductPrecision
 from pretrain.optim.config import OptimizerConfig, ScheduleConfig
 from pretrain.preflight.config import DoctorOptions
+from pretrain.reporting.config import ReportOptions, TopOptions
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -152,6 +153,22 @@ class EvaluateConfig:
 
     run: RunFolderConfig
     evaluate: EvaluateOptions
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class ReportConfig:
+    """A run, alone or beside others, as a page."""
+
+    run: RunFolderConfig
+    report: ReportOptions
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class TopConfig:
+    """A run, as it goes."""
+
+    run: RunFolderConfig
+    top: TopOptions
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

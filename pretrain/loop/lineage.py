@@ -13,11 +13,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pretrain.engine.world import World
 from pretrain.errors import CheckpointError, DataError
 from pretrain.loop.metrics import read_metrics
+
+if TYPE_CHECKING:
+    # it brings torch, and whoever only reads lives needs none
+    from pretrain.engine.world import World
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +62,7 @@ class Lineage:
     """
 
     def __init__(
-        self, run_dir: Path, world: World, *, first_step: int, fence: Callable[[], None]
+        self, run_dir: Path, world: "World", *, first_step: int, fence: Callable[[], None]
     ) -> None:
         self._run_dir, self._world, self._fence = run_dir, world, fence
         self._number, self._has_ended = 0, False

@@ -111,7 +111,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         raise DataError(f"There is no {path}; is {path.parent} the folder of a run?") from None
     for number, line in enumerate(lines, start=1):
-        record = _decode(line)
+        record = decode_record(line)
         if record is not None:
             records.append(record)
         elif number < len(lines):
@@ -138,7 +138,7 @@ def _decode_value(value: Any) -> Any:
     return value
 
 
-def _decode(line: bytes) -> dict[str, Any] | None:
+def decode_record(line: bytes) -> dict[str, Any] | None:
     """The record of one line, or None if the line is torn or damaged."""
     if not line.endswith(b"\n"):
         return None
@@ -182,5 +182,5 @@ def _judge(path: Path, step: int) -> Iterator[tuple[bytes, bool]]:
     """Each line and whether it stays."""
     with path.open("rb") as file:
         for line in file:
-            record = _decode(line)
+            record = decode_record(line)
             yield line, record is not None and record["step"] <= step

@@ -13,6 +13,7 @@ logs/rank-00000.log   one log per rank, appended to by every life; .stacks: afte
 plots/                pictures of the record
 evaluation/           what `pretrain evaluate` found
 replay/               what `pretrain replay` found
+report.html           what `pretrain report` made of all this
 wandb/                W&B's files
 lock.json             who is writing here now; lock.last: the token of who did last
 code/                 copies of the code that `pretrain submit` made, and jobs run from

@@ -1,0 +1,1 @@
+"""What `pretrain report` and `pretrain top` show of a run folder, without torch."""

@@ -1,0 +1,60 @@
+"""Numbers as a person reads them; the unit is in the name of the metric."""
+
+import math
+
+_SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+_BYTES = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+
+
+def plain(value: float, digits: int = 4) -> str:
+    """Up to four significant digits, without an exponent where that is short."""
+    if not math.isfinite(value):
+        return "not a number" if math.isnan(value) else ("∞" if value > 0 else "−∞")
+    if value == 0:
+        return "0"
+    if value == round(value) and abs(value) < 1e6:
+        return f"{value:,.0f}"
+    if 1e-3 <= abs(value) < 1e6:
+        places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+        shown = f"{value:,.{places}f}"
+        return shown.rstrip("0").rstrip(".") if places else shown
+    return f"{value:.{digits - 1}g}".replace("e-0", "e-").replace("e+0", "e")
+
+
+def scaled(value: float) -> str:
+    """Counts and rates: 102 k, 1.05 M, 2.40 T."""
+    for size, letter in _SCALES:
+        if abs(value) >= size and math.isfinite(value):
+            return f"{value / size:.3g} {letter}"
+    return plain(value, 3)
+
+
+def in_bytes(value: float) -> str:
+    """1.5 GiB."""
+    for size, unit in _BYTES:
+        if abs(value) >= size and math.isfinite(value):
+            return f"{value / size:.3g} {unit}"
+    return f"{plain(value)} B"
+
+
+def in_seconds(value: float) -> str:
+    """120 ms, 2.31 s."""
+    if 0 < abs(value) < 1:
+        return f"{value * 1e3:.3g} ms"
+    return f"{value:,.3g} s" if abs(value) < 1000 else f"{value:,.0f} s"
+
+
+def by_name(metric: str, value: float) -> str:
+    """A value with the unit that its metric's name ends with."""
+    if metric.endswith("_bytes") or metric.endswith("/bytes"):
+        return in_bytes(value)
+    if metric.endswith("per_s") or "_per_s_" in metric or metric.endswith("tokens"):
+        return scaled(value)
+    if metric.endswith("_s"):
+        return in_seconds(value)
+    return plain(value)
+
+
+def counted(number: float, noun: str) -> str:
+    """1 step, 2 steps."""
+    return f"{number:,.0f} {noun}" + "s" * (number != 1)

@@ -1,0 +1,26 @@
+import os
+import time
+
+from pretrain.reporting.run import read_run
+
+
+def test_a_run_whose_record_grows_is_running(make_living_run):
+    run = read_run(make_living_run(steps=10))
+    assert run.state == "running"
+    # the tiny preset has 320 steps, and steps take 2 s
+    assert run.left_s == 2.0 * (320 - 10)
+
+
+def test_a_run_whose_record_stands_still_is_silent(make_living_run):
+    folder = make_living_run(steps=10)
+    old_s = time.time() - 61
+    os.utime(folder / "metrics.jsonl", (old_s, old_s))
+    assert read_run(folder).state == "silent"
+
+
+def test_a_run_with_all_its_steps_is_finished_although_its_end_is_missing(make_living_run):
+    assert read_run(make_living_run(steps=320)).state == "finished"
+
+
+def test_why_the_last_life_ended_is_the_state(troubled_run):
+    assert read_run(troubled_run).state == "DivergenceError"
