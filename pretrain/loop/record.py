@@ -10,6 +10,7 @@ from pretrain.engine.saving import Saved
 from pretrain.errors import PretrainError
 from pretrain.loop.alarms import Alarms
 from pretrain.loop.console import Progress
+from pretrain.loop.lineage import GoodputSoFar
 from pretrain.loop.metrics import MetricLog, read_metrics
 from pretrain.loop.plots import plot_run
 from pretrain.loop.state import TrainState, last_step
@@ -28,18 +29,20 @@ class Record:
         if not self._is_writer:
             return
         self._config = config
-        self._log, self._alarms, self._progress = self._resume(state)
+        self._resume(state)
         self._wandb = WandbSink(config.logging, run_dir, as_dict(config), run_name=config.run.name)
 
     def step(self, record: StepRecord) -> None:
         """One line on the console, one object in the log, one point in W&B."""
         if not self._is_writer:
             return
-        metrics = record.metrics
+        metrics, step_s = record.metrics, record.metrics["speed/step_s"]
+        left_s = self._progress.left_s(step=record.step, step_s=step_s)
+        progress = {"progress/left_s": left_s, "progress/goodput": self._goodput.after(step_s)}
         log.info(
             self._progress.line(
                 step=record.step,
-                step_s=metrics["speed/step_s"],
+                left_s=left_s,
                 loss_nats=metrics["loss/nats"],
                 mean_depth=metrics["depth/mean"],
                 tokens_per_s=metrics["speed/tokens_per_s"],
@@ -47,7 +50,7 @@ class Record:
                 learning_rate=metrics["optimizer/learning_rate"],
             )
         )
-        self._write({"step": record.step, "tokens": record.tokens, **metrics})
+        self._write({"step": record.step, "tokens": record.tokens, **metrics, **progress})
 
     def validation(self, state: TrainState, result: dict[str, Any]) -> None:
         """Held-out loss at several depths, as one object and one line."""
@@ -77,7 +80,7 @@ class Record:
         if not self._is_writer:
             return
         self._log.close()
-        self._log, self._alarms, self._progress = self._resume(state)
+        self._resume(state)
 
     def sync(self) -> None:
         """Make what was written last through a power cut; called with each checkpoint."""
@@ -96,11 +99,13 @@ class Record:
             log.warning("the plots could not be drawn: %s", error)
             return []
 
-    def _resume(self, state: TrainState) -> tuple[MetricLog, Alarms, Progress]:
+    def _resume(self, state: TrainState) -> None:
         path = self._run_dir / "metrics.jsonl"
-        metrics = MetricLog(path, resumed_step=state.step)
-        alarms = Alarms(self._config, read_metrics(path))
-        return metrics, alarms, Progress(last_step(self._config, state))
+        self._log = MetricLog(path, resumed_step=state.step)
+        earlier = read_metrics(path)
+        self._alarms = Alarms(self._config, earlier)
+        self._goodput = GoodputSoFar(self._run_dir, earlier)
+        self._progress = Progress(last_step(self._config, state))
 
     def _write(self, values: dict[str, Any]) -> None:
         self._log.write(values)
