@@ -2,6 +2,7 @@
 
 import time
 from collections import defaultdict
+from itertools import pairwise
 
 import torch
 
@@ -33,7 +34,7 @@ class PhaseClock:
     def seconds(self) -> dict[str, float]:
         """Time in each phase that has ended; waits until the device has got to the last mark."""
         found: dict[str, float] = defaultdict(float)
-        for (phase, began), (_, ended) in zip(self._marks, self._marks[1:], strict=False):
+        for (phase, began), (_, ended) in pairwise(self._marks):
             found[phase] += _between(began, ended)
         return dict(found)
 
