@@ -38,6 +38,7 @@ COMMANDS = (
     Command("sweep collect", "sweep", "the runs of a sweep by held-out loss, as a table and CSV"),
     Command("evaluate", "evaluate", "held-out loss at several depths"),
     Command("generate", "generate", "continue a prompt"),
+    Command("sync", "sync", "write the record as one W&B run, to upload from elsewhere"),
     Command("replay", "replay", "rerun the batch of one step, row by row"),
     Command("adopt", "adopt", "start a run from published weights and their tokenizer"),
     Command("export", "export", "write a run as a Hugging Face folder"),

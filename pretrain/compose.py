@@ -37,6 +37,7 @@ SCHEMAS = {
     "doctor": tree.DoctorConfig,
     "evaluate": tree.EvaluateConfig,
     "generate": tree.GenerateConfig,
+    "sync": tree.SyncConfig,
     "replay": tree.ReplayConfig,
     "adopt": tree.AdoptConfig,
     "export": tree.ExportConfig,

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 # Records that wait while W&B starts or is slow: minutes of the fastest runs, about 10 MB.
 _MAX_WAITING = 10_000
+_DRAINED = 100
 # A process that has taken nothing for so long hangs. Starting offline after a failed start online
 # takes up to a minute and a half.
 _STALL_S = 300.0
@@ -47,26 +48,31 @@ class WandbSink:
         run_config: Mapping[str, Any],
         *,
         run_name: str,
+        files_dir: Path | None = None,
         finish_s: float = 30.0,
     ) -> None:
+        """`files_dir`: where W&B's files go; None: the run folder."""
+        files_dir = files_dir or run_dir
+        self.has_failed = False
         self._process: subprocess.Popen[bytes] | None = None
         self._waiting: deque[bytes] = deque()
         self._replies = b""
         self._finish_s = finish_s
         self._last_taken = time.monotonic()
-        self._log_path = run_dir / "wandb" / "sink.log"
+        self._log_path = files_dir / "wandb" / "sink.log"
         mode = choose_mode(config)
         if mode == "disabled":
             return
         try:
-            self._log_path.parent.mkdir(parents=True, exist_ok=True)
+            for folder in (run_dir, files_dir):
+                (folder / "wandb").mkdir(parents=True, exist_ok=True)
             run = {
                 "project": config.project,
                 "entity": config.entity,
                 "tags": config.tags,
                 "name": run_name,
                 "id": stored_run_id(run_dir, run_name),
-                "dir": str(run_dir),
+                "dir": str(files_dir),
             }
             start = {"mode": mode, "run": run, "config": run_config, "finish_timeout_s": finish_s}
             self._send(json.dumps(start).encode() + b"\n")
@@ -95,6 +101,18 @@ class WandbSink:
         except Exception as error:
             # Whatever it is, monitoring must not stop training.
             self._disable(str(error) or type(error).__name__)
+
+    def drain(self, stall_s: float) -> None:
+        """Wait until W&B has taken most of what waits: for whoever has time, unlike training."""
+        deadline = time.monotonic() + stall_s
+        while self._process is not None and len(self._waiting) > _DRAINED:
+            try:
+                self._pump()
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"it has not kept up for {stall_s:g} s")
+            except Exception as error:
+                self._disable(str(error) or type(error).__name__)
+            time.sleep(0.001)
 
     def close(self, exit_code: int = 0) -> None:
         """Ends the W&B run and waits for its upload, for `finish_s` seconds and a little more."""
@@ -155,6 +173,7 @@ class WandbSink:
             log.log(report["level"], report["message"])
 
     def _disable(self, reason: str) -> None:
+        self.has_failed = True
         log.warning(
             "W&B is disabled for this life: %s. Training goes on and metrics.jsonl has "
             "everything; details: %s",

@@ -1,23 +1,20 @@
-import json
 import logging
 import os
 import signal
 import socket
-import struct
 import threading
 import time
 
 import pytest
-from wandb.proto import wandb_internal_pb2
 
 from pretrain.loop import wandb_sink
 from pretrain.loop.config import LoggingConfig, WandbMode
 from pretrain.loop.wandb_sink import WandbSink, choose_mode, stored_run_id
+from wandb_files import values, wandb_records
 
 SECRET = "a" * 40
 # Copying a record takes microseconds; a call that waited for anything would take far longer.
 QUICK_S = 0.5
-BLOCK = 32768
 
 
 @pytest.fixture(autouse=True)
@@ -34,31 +31,6 @@ def start(run_dir, mode=WandbMode.offline, **options):
 
 def record(step):
     return {"step": step, "tokens": step * 100, "loss/nats": 8.0 / step}
-
-
-def wandb_records(run_dir):
-    """Records of the run's only .wandb file: framed as a LevelDB log, each a protobuf Record."""
-    (path,) = run_dir.glob("wandb/*run-*/*.wandb")
-    content = path.read_bytes()
-    assert content[:4] == b":W&B"
-    place, parts = 7, b""
-    while place + 7 <= len(content):
-        room = BLOCK - place % BLOCK
-        _, length, kind = struct.unpack_from("<IHB", content, place)
-        if room < 7 or kind == 0:
-            place += room
-            continue
-        parts += content[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):
-            message = wandb_internal_pb2.Record()
-            message.ParseFromString(parts)
-            parts = b""
-            yield message
-
-
-def values(items):
-    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
 
 
 def test_an_offline_run_holds_every_record_and_the_configuration_and_no_secret(
