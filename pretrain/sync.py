@@ -11,7 +11,10 @@ from pretrain.errors import DataError
 from pretrain.loop.config import WandbMode
 from pretrain.loop.curve import clean_curve
 from pretrain.loop.metrics import read_metrics
-from pretrain.loop.wandb_sink import WandbSink
+from pretrain.loop.origin import read_origin
+from pretrain.loop.sink import message
+from pretrain.loop.wandb_file import count_points
+from pretrain.loop.wandb_sink import start_wandb
 
 log = logging.getLogger(__name__)
 
@@ -32,22 +35,24 @@ def main(config: SyncConfig) -> None:
     records = clean_curve(read_metrics(run_dir / "metrics.jsonl"))
     folder = run_dir / FOLDER
     shutil.rmtree(folder, ignore_errors=True)
-    sink = WandbSink(
+    sink = start_wandb(
         dataclasses.replace(run.logging, wandb=WandbMode.offline),
         run_dir,
-        as_dict(run),
+        as_dict(run) | {"origin": read_origin(run_dir)},
         run_name=run.run.name,
         files_dir=folder,
         finish_s=_FINISH_S,
     )
+    assert sink is not None
     for record in records:
-        sink.write(record)
+        sink.send(message(record))
         sink.drain(_STALL_S)
     sink.close()
-    found = sorted(folder.glob("wandb/offline-run-*"))
-    if sink.has_failed or len(found) != 1:
+    found = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
+    points = sum(map(count_points, found))
+    if sink.has_failed or points != len(records):
         raise DataError(
-            f"W&B did not take the {len(records)} records of {run_dir}; the reason is above, and "
-            f"details are in {folder / 'wandb' / 'sink.log'}."
+            f"W&B has {points} of the {len(records)} records of {run_dir}. Is the disk full? What "
+            f"W&B says of it is above and in {folder / 'wandb' / 'sink.log'}."
         )
-    print(f"{len(records)} records as one W&B run; to upload it: wandb sync {found[0]}")
+    print(f"{points} records as one W&B run; to upload it: wandb sync {found[0].parent}")

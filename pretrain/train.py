@@ -40,11 +40,13 @@ from pretrain.errors import (
     ConfigError,
     DivergenceError,
 )
+from pretrain.jobs.snapshot import code_origin
 from pretrain.loop.control import Control
 from pretrain.loop.guard_config import GuardConfig
 from pretrain.loop.host_memory import HostMemory
 from pretrain.loop.lineage import FINISHED, STALLED, STOPPED, Lineage
 from pretrain.loop.lock import RunLock
+from pretrain.loop.origin import origin
 from pretrain.loop.passed_over import read_rewinds
 from pretrain.loop.record import Record
 from pretrain.loop.rewind import rewind
@@ -121,19 +123,27 @@ def _life(config: TrainConfig, world: World, stop: StopSignals, lock: RunLock) -
     on_rank_0(world, control.open)
     on_rank_0(world, lambda: begin_life(config, run_dir))
     lineage = Lineage(run_dir, world, first_step=inputs.state.step, fence=lock.refresh)
-    watch = Watchdog(
-        world, run_dir, limit_s=config.guards.stall_s, at_end=lambda: lineage.end(STALLED)
-    )
+    records: list[Record] = []
+
+    def stalled() -> None:
+        lineage.end(STALLED)
+        for record in records:
+            record.stalled(lineage.last_step)
+
+    watch = Watchdog(world, run_dir, limit_s=config.guards.stall_s, at_end=stalled)
     sensors = Sensors(lambda: _feel(world.device), every_s=config.logging.sensors_every_s)
     with lineage, watch, sensors:
         session = _open_session(config, world, stop, inputs, lock, watch, control, sensors)
-        record = Record(config, run_dir, session.state, rank=world.rank)
+        found = origin(code_origin() if world.is_main else {}, inputs.identity)
+        record = Record(config, run_dir, session.state, rank=world.rank, origin=found)
+        records.append(record)
         _train(session, inputs.held_out, record, lock, lineage)
         session.forget_batches()
         lineage.reason = _reason_to_leave(session)
     code = EXIT_FINISHED if lineage.reason == FINISHED else EXIT_SAVED_ON_SIGNAL
     if world.is_main and lineage.reason not in (FINISHED, STOPPED):
         write_requeue_record(run_dir, session.state.step)
+        record.requeued(session.state, lineage.reason)
     for path in record.finish(code):
         log.info("plot: %s", path)
     return code

@@ -1,11 +1,13 @@
 """However often a run restarted, its W&B run has every step once, as it was taken last."""
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from full_disk import small_files
 from pretrain.compose import write_frozen
 from pretrain.config import RunFolderConfig, SyncConfig
 from pretrain.errors import CheckpointError, DataError
@@ -97,9 +99,15 @@ def test_a_folder_without_a_record_or_that_cannot_be_written_is_an_error(tmp_pat
     with pytest.raises(CheckpointError, match=r"no config\.yaml"):
         main(SyncConfig(run=RunFolderConfig(dir=str(tmp_path))))
     run_dir = tmp_path / "often"
-    write_run(run_dir, [step(1, 1)])
-    (run_dir / "wandb").write_text("in the way")
-    with pytest.raises(DataError, match="did not take the 1 records"):
+    records = [step(number, 1) for number in range(1, 401)]
+    write_run(run_dir, records)
+    # W&B itself does not notice
+    with small_files(1 << 14), pytest.raises(DataError, match=r"of the 400 records .* disk full"):
+        main(SyncConfig(run=RunFolderConfig(dir=str(run_dir))))
+    shutil.rmtree(run_dir)
+    write_run(run_dir, records[:1])
+    (run_dir / "sync").write_text("in the way")
+    with pytest.raises(DataError, match="W&B has 0 of the 1 records"):
         main(SyncConfig(run=RunFolderConfig(dir=str(run_dir))))
     (run_dir / "metrics.jsonl").unlink()
     with pytest.raises(DataError, match=r"There is no .*metrics\.jsonl"):
