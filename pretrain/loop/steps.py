@@ -188,21 +188,39 @@ def _step(session: Session) -> StepRecord:
         "data/checksum": sums.checksum,
         "data/valid_tokens": all_labels,
         "data/lost_rows": state.lost_rows,
-        **source_metrics(session.order, first_row=first_row, rows=config.rows_per_step),
-        **depth_metrics(depths, ranks=world.size),
-        **speed_metrics(config, depths, step_s=step_s, ranks=world.size, peak=session.peak),
-        **split_metrics(
-            data_s=sums.waited_s / world.size,
-            forward_s=sums.forward_s / world.size,
-            backward_s=sums.backward_s / world.size,
-            met_s=met_s,
-            step_s=step_s,
-        ),
+        **_plan_metrics(session, depths, first_row=first_row, step_s=step_s),
+        **_time_metrics(sums, world, met_s=met_s, step_s=step_s),
         **session.stragglers.add(own_s=own_s, work=work(own)),
         "memory/host_bytes": session.memory.measure(),
         **_device_memory(world),
         **sensor_metrics(felt),
     }
+    return _record(state, metrics, sums)
+
+
+def _plan_metrics(
+    session: Session, depths: list[Depth], *, first_row: int, step_s: float
+) -> dict[str, Any]:
+    """What the step's number says of its rows, and how fast they went."""
+    config, ranks = session.config, session.world.size
+    return {
+        **source_metrics(session.order, first_row=first_row, rows=config.rows_per_step),
+        **depth_metrics(depths, ranks=ranks),
+        **speed_metrics(config, depths, step_s=step_s, ranks=ranks, peak=session.peak),
+    }
+
+
+def _time_metrics(sums: _Sums, world: World, *, met_s: float, step_s: float) -> dict[str, float]:
+    return split_metrics(
+        data_s=sums.waited_s / world.size,
+        forward_s=sums.forward_s / world.size,
+        backward_s=sums.backward_s / world.size,
+        met_s=met_s,
+        step_s=step_s,
+    )
+
+
+def _record(state: TrainState, metrics: dict[str, Any], sums: _Sums) -> StepRecord:
     return StepRecord(
         state.step,
         state.tokens,
