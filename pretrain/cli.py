@@ -40,6 +40,7 @@ COMMANDS = (
     Command("generate", "generate", "continue a prompt"),
     Command("report", "report", "one run or several as a page: curves, depth, lives, states"),
     Command("top", "top", "watch a run in the terminal"),
+    Command("sync", "sync", "write the record as one W&B run, to upload from elsewhere"),
     Command("replay", "replay", "rerun the batch of one step, row by row"),
     Command("adopt", "adopt", "start a run from published weights and their tokenizer"),
     Command("export", "export", "write a run as a Hugging Face folder"),

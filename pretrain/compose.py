@@ -39,6 +39,7 @@ SCHEMAS = {
     "generate": tree.GenerateConfig,
     "report": tree.ReportConfig,
     "top": tree.TopConfig,
+    "sync": tree.SyncConfig,
     "replay": tree.ReplayConfig,
     "adopt": tree.AdoptConfig,
     "export": tree.ExportConfig,

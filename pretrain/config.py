@@ -172,6 +172,13 @@ class TopConfig:
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
+class SyncConfig:
+    """The run whose record becomes a W&B run on disk."""
+
+    run: RunFolderConfig
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
 class ReplayConfig:
     """The batch of one step of a run, row by row."""
 

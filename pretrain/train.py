@@ -19,6 +19,7 @@ from pretrain.data.loader import (
     stream_batches,
     valid_rows,
 )
+from pretrain.data.order import Order
 from pretrain.data.store import check_epochs, train_order
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.engine.checkpoint import (
@@ -39,11 +40,13 @@ from pretrain.errors import (
     ConfigError,
     DivergenceError,
 )
+from pretrain.jobs.snapshot import code_origin
 from pretrain.loop.control import Control
 from pretrain.loop.guard_config import GuardConfig
 from pretrain.loop.host_memory import HostMemory
 from pretrain.loop.lineage import FINISHED, STALLED, STOPPED, Lineage
 from pretrain.loop.lock import RunLock
+from pretrain.loop.origin import origin
 from pretrain.loop.passed_over import read_rewinds
 from pretrain.loop.record import Record
 from pretrain.loop.rewind import rewind
@@ -56,6 +59,7 @@ from pretrain.loop.run_folder import (
     write_requeue_record,
 )
 from pretrain.loop.saves import Saves
+from pretrain.loop.sensors import Reading, Sensors
 from pretrain.loop.signals import StopSignals
 from pretrain.loop.spikes import must_rewind
 from pretrain.loop.state import (
@@ -71,6 +75,7 @@ from pretrain.loop.watchdog import Watchdog
 from pretrain.model.init import initialize
 from pretrain.model.recurrent import RecurrentModel
 from pretrain.optim.effective_rate import effective_rates
+from pretrain.preflight.nvml import read_sensors
 
 log = logging.getLogger(__name__)
 
@@ -118,18 +123,27 @@ def _life(config: TrainConfig, world: World, stop: StopSignals, lock: RunLock) -
     on_rank_0(world, control.open)
     on_rank_0(world, lambda: begin_life(config, run_dir))
     lineage = Lineage(run_dir, world, first_step=inputs.state.step, fence=lock.refresh)
-    watch = Watchdog(
-        world, run_dir, limit_s=config.guards.stall_s, at_end=lambda: lineage.end(STALLED)
-    )
-    with lineage, watch:
-        session = _open_session(config, world, stop, inputs, lock, watch, control)
-        record = Record(config, run_dir, session.state, rank=world.rank)
+    records: list[Record] = []
+
+    def stalled() -> None:
+        lineage.end(STALLED)
+        for record in records:
+            record.stalled(lineage.last_step)
+
+    watch = Watchdog(world, run_dir, limit_s=config.guards.stall_s, at_end=stalled)
+    sensors = Sensors(lambda: _feel(world.device), every_s=config.logging.sensors_every_s)
+    with lineage, watch, sensors:
+        session = _open_session(config, world, stop, inputs, lock, watch, control, sensors)
+        found = origin(code_origin() if world.is_main else {}, inputs.identity)
+        record = Record(config, run_dir, session.state, rank=world.rank, origin=found)
+        records.append(record)
         _train(session, inputs.held_out, record, lock, lineage)
         session.forget_batches()
         lineage.reason = _reason_to_leave(session)
     code = EXIT_FINISHED if lineage.reason == FINISHED else EXIT_SAVED_ON_SIGNAL
     if world.is_main and lineage.reason not in (FINISHED, STOPPED):
         write_requeue_record(run_dir, session.state.step)
+        record.requeued(session.state, lineage.reason)
     for path in record.finish(code):
         log.info("plot: %s", path)
     return code
@@ -217,6 +231,8 @@ class _Inputs(NamedTuple):
     """Hashes of shards and tokenizer, and what was adopted; kept in every checkpoint."""
     held_out: Batch
     """This rank's rows of the valid split."""
+    order: Order
+    """Where every row of the run comes from."""
     newest: Path | None
     """The checkpoint to resume from."""
     state: TrainState
@@ -226,7 +242,7 @@ class _Inputs(NamedTuple):
 def _check_inputs(config: TrainConfig, world: World) -> _Inputs:
     """Shards, tokenizer and checkpoint; they must belong together and to this configuration."""
     config.batch.micro_steps(context=config.model.context, ranks=world.size)
-    identity, held_out = on_all_ranks(world, lambda: _check_data(config, world))
+    identity, held_out, order = on_all_ranks(world, lambda: _check_data(config, world))
     run_dir = Path(config.run.dir)
     newest = newest_checkpoint(run_dir, world)
     state = TrainState()
@@ -238,7 +254,7 @@ def _check_inputs(config: TrainConfig, world: World) -> _Inputs:
         check_same_data(saved, identity["data_fingerprint"], config.data.shards)
         state = TrainState.from_dict(saved["train"])
         identity |= {key: saved[key] for key in ("adopted_from",) if key in saved}
-    return _Inputs(identity, held_out, newest, state)
+    return _Inputs(identity, held_out, order, newest, state)
 
 
 def _check_space(config: TrainConfig, run_dir: Path) -> None:
@@ -257,8 +273,8 @@ def _check_space(config: TrainConfig, run_dir: Path) -> None:
         )  # fmt: skip
 
 
-def _check_data(config: TrainConfig, world: World) -> tuple[dict[str, str], Batch]:
-    """The identity of shards and tokenizer, and this rank's held-out rows."""
+def _check_data(config: TrainConfig, world: World) -> tuple[dict[str, str], Batch, Order]:
+    """The identity of shards and tokenizer, this rank's held-out rows, and the order of rows."""
     manifest = open_manifest(config.data)
     tokenizer = Tokenizer.load(config.tokenizer.path)
     check_tokenizer(
@@ -272,7 +288,14 @@ def _check_data(config: TrainConfig, world: World) -> tuple[dict[str, str], Batc
         config.data, rows=config.validation.rows, rank=world.rank, ranks=world.size
     )
     identity = {"data_fingerprint": manifest.fingerprint, "tokenizer_sha256": tokenizer.sha256}
-    return identity, held_out
+    return identity, held_out, order
+
+
+def _feel(device: torch.device) -> Reading | None:
+    """The sensors of this rank's GPU; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    return read_sensors(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
 
 
 def _open_session(
@@ -283,6 +306,7 @@ def _open_session(
     lock: RunLock,
     watch: Watchdog,
     control: Control,
+    sensors: Sensors,
 ) -> Session:
     """Model, engine, data and counters, as the newest checkpoint left them."""
     run_dir = Path(config.run.dir)
@@ -320,11 +344,13 @@ def _open_session(
             fence=lock.refresh,
         ),
         stream=stream,
+        order=inputs.order,
         state=state,
         stop=stop,
         control=control,
         watch=watch,
         stragglers=Stragglers(world, config.guards),
+        sensors=sensors,
         memory=HostMemory(world.rank, limit_bytes=config.guards.host_growth_bytes),
         identity=inputs.identity,
         rewinds=world.broadcast_object(read_rewinds(run_dir) if world.is_main else None),

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from conftest import SMALL, run_cli
+from pretrain.loop.lineage import read_lives
 
 STEADY = ["loss/nats", "gradient/norm", "optimizer/learning_rate", "data/checksum", "depth/mean"]
 
@@ -45,7 +46,7 @@ def train(workspace: Path, name: str, *overrides: str) -> subprocess.CompletedPr
 @pytest.fixture(scope="module")
 def finished(workspace: Path) -> Path:
     """An uninterrupted run of six steps."""
-    done = train(workspace, "whole")
+    done = train(workspace, "whole", "logging.part_norms_every_steps=2")
     assert done.returncode == 0, done.stderr
     return workspace / "out/runs/whole"
 
@@ -60,6 +61,37 @@ def test_training_learns_and_leaves_a_record(finished: Path) -> None:
     log = (finished / "logs/rank-00000.log").read_text()
     assert "step 6/6" in log
     assert "validation at step 6" in log
+
+
+def test_each_step_says_where_its_time_tokens_and_gradient_went(finished: Path) -> None:
+    lines = (finished / "metrics.jsonl").read_text().splitlines()
+    steps = [record for record in map(json.loads, lines) if "loss/nats" in record]
+    began_s = read_lives(finished)[0].began_s
+    for record in steps:
+        split = [record[f"time/{name}_s"] for name in ("forward", "backward", "wait", "update")]
+        assert min(split) >= 0
+        assert sum(split) + record["data/wait_s"] == pytest.approx(record["speed/step_s"])
+        # nothing else takes long in a process that is alone
+        assert sum(split[:2]) > 0.5 * record["speed/step_s"]
+        assert sum(record["depth/histogram"]) == record["data/rows"] == 16
+        assert record["data/share_prose"] + record["data/share_sums"] == 1
+        assert record["speed/mfu"] * record["speed/peak_flops"] == pytest.approx(
+            record["speed/model_flops_per_s_per_rank"]
+        )
+        parts = [record[key] ** 2 for key in record if key.startswith("gradient/norm_")]
+        assert len(parts) == (5 if record["step"] % 2 == 0 else 0)
+        if parts:
+            assert sum(parts) ** 0.5 == pytest.approx(record["gradient/norm"], rel=1e-4)
+        assert not any(key.startswith("gpu/") for key in record)
+    assert steps[-1]["progress/left_s"] == 0 < steps[0]["progress/left_s"]
+    epochs = [record["data/epochs_prose"] for record in steps]
+    assert epochs == sorted(epochs)
+    assert 0 < epochs[0] < epochs[-1]
+    # of the time since the run began, what was in steps: less than all, and then ever more
+    counted_s = sum(record["speed/step_s"] for record in steps)
+    latest_s = (finished / "metrics.jsonl").stat().st_mtime - began_s
+    assert counted_s / latest_s <= steps[-1]["progress/goodput"] < 1
+    assert steps[0]["progress/goodput"] < steps[-1]["progress/goodput"]
 
 
 def test_a_finished_run_does_not_start_over(workspace: Path, finished: Path) -> None:

@@ -80,7 +80,7 @@ class SourceOrder:
         self, name: str, shard_rows: Sequence[int], *, seed: int, window_shards: int
     ) -> None:
         self.rows = sum(shard_rows)
-        self._name = name
+        self.name = name
         self._seed = seed
         self._shard_rows = np.array(shard_rows, dtype=np.int64)
         self._window_shards = window_shards
@@ -117,7 +117,7 @@ class SourceOrder:
         return order, np.concatenate([[0], np.cumsum(self._shard_rows[order])])
 
     def _key(self, epoch: int, window: int | None) -> bytes:
-        return repr((self._seed, self._name, epoch, window)).encode()
+        return repr((self._seed, self.name, epoch, window)).encode()
 
 
 class Order:

@@ -27,6 +27,7 @@ from pretrain.model.config import ComputePath
 from pretrain.model.recurrent import Output, RecurrentCore, RecurrentModel
 from pretrain.optim.build import build_optimizer
 from pretrain.optim.ellis_adam import EllisAdam
+from pretrain.optim.part_norms import PartNorms
 from pretrain.optim.slices import Layout, TensorInfo
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,8 @@ class StepResult(NamedTuple):
     """Global L2 norm of the gradient before clipping; inf if it was not finite."""
     is_applied: bool
     """False if the update was dropped: nothing has changed on any rank."""
+    part_norms: dict[str, float]
+    """gradient/norm_PART before clipping, if asked for and finite."""
 
 
 class Engine:
@@ -69,6 +72,8 @@ class Engine:
         self.layout = Layout(partitions, dist.all_reduce)
         if isinstance(self.optimizer, EllisAdam):
             self.optimizer.layout = self.layout
+        self._part_norms = PartNorms(self.optimizer, self.layout)
+        self._gradient_clip = config.optimizer.gradient_clip
         self._check(names)
         if config.engine.precision is Precision.bf16:
             self._set_masters(initial)
@@ -92,21 +97,34 @@ class Engine:
             # Only counts: DeepSpeed wants to hear of every micro-step.
             self._engine.step()
 
-    def step(self, learning_rate: float, *, drops_update: bool = False) -> StepResult:
+    def step(
+        self, learning_rate: float, *, drops_update: bool = False, measures_parts: bool = False
+    ) -> StepResult:
         """Reduce, clip and apply the gradient, or drop it everywhere if it is not finite.
 
-        `drops_update`, equal on all ranks, drops it in any case.
+        `drops_update`, equal on all ranks, drops it in any case. `measures_parts`, equal too, adds
+        one pass over this rank's share of the gradient and a sum of five numbers.
         """
         assert self._micro_step == self.micro_steps, "step before the last backward pass"
         self._micro_step = 0
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.is_held = drops_update
+        if measures_parts:
+            self._part_norms.begin()
         self._engine.step()
         self.optimizer.is_held = False
         is_applied = bool(self._engine.was_step_applied()) and not drops_update
         self.optimizer_steps += is_applied
-        return StepResult(float(self._engine.get_global_grad_norm()), is_applied)
+        norm = float(self._engine.get_global_grad_norm())
+        parts = self._part_norms.take() if measures_parts else {}
+        return StepResult(norm, is_applied, self._unclipped(parts, norm))
+
+    def _unclipped(self, parts: dict[str, float], norm: float) -> dict[str, float]:
+        """The optimizer is given the gradient after clipping."""
+        clip = self._gradient_clip
+        by = max(norm / clip, 1.0) if clip else 1.0
+        return {name: value * by for name, value in parts.items()}
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[RecurrentModel]:

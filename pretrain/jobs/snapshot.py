@@ -53,6 +53,19 @@ def describe(root: Path, into: Path) -> Snapshot:
     return _describe(root, into, _shipped_files(root))
 
 
+def code_origin() -> dict[str, str]:
+    """Commit and hash of the changes of the code that runs; empty where nobody knows."""
+    try:
+        root = checkout()
+        if (root / _RECORD).is_file():
+            found = json.loads((root / _RECORD).read_text(encoding="utf-8"))
+            return {"commit": found["commit"], "diff_sha256": found["diff_sha256"]}
+        snapshot = describe(root, root)
+    except (ConfigError, OSError, ValueError, KeyError):
+        return {}
+    return {"commit": snapshot.commit, "diff_sha256": snapshot.diff_sha256}
+
+
 def take(root: Path, into: Path) -> Snapshot:
     """Copy the code of the checkout `root` below `into`, whole or not at all.
 

@@ -96,6 +96,19 @@ class LoggingConfig:
     """W&B team or user; null: the key's default."""
     tags: list[str] = field(default_factory=list)
     """W&B tags."""
+    tensorboard: bool = False
+    """Whether <run.dir>/tensorboard gets a copy (pip install 'pretrain[tensorboard]')."""
+    alert_cooldown_s: float = 1800.0
+    """No two alerts of one kind within so many seconds."""
+    part_norms_every_steps: int = 10
+    """Measure the gradient's norm by part of the model every so many steps; 0: never."""
+    sensors_every_s: float = 30.0
+    """Read the sensors of NVIDIA GPUs so often, in seconds; 0: never."""
+
+    def __post_init__(self) -> None:
+        for name in ("alert_cooldown_s", "part_norms_every_steps", "sensors_every_s"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"logging.{name}={getattr(self, name)} must be 0 or more.")
 
 
 @dataclass(kw_only=True, slots=True)

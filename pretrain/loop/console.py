@@ -5,7 +5,7 @@ _MEMORY_STEPS = 50
 
 
 class Progress:
-    """Formats the console's line of each step and estimates the time left.
+    """Estimates the time left, and formats the console's line of each step.
 
     The estimate is the steps left times a running mean of step times: exact when all steps cost
     the same, and within about 50 steps it forgets a slow start.
@@ -16,21 +16,24 @@ class Progress:
         self._mean_s = 0.0
         self._seen_steps = 0
 
+    def left_s(self, *, step: int, step_s: float) -> float:
+        """Seconds to the end of the run, after the step that has just taken `step_s`."""
+        self._seen_steps += 1
+        self._mean_s += (step_s - self._mean_s) / min(self._seen_steps, _MEMORY_STEPS)
+        return self._mean_s * (self._total_steps - step)
+
     def line(
         self,
         *,
         step: int,
-        step_s: float,
+        left_s: float,
         loss_nats: float,
         mean_depth: float,
         tokens_per_s: float,
         grad_norm: float,
         learning_rate: float,
     ) -> str:
-        """The line of the step that has just ended and took `step_s` seconds."""
-        self._seen_steps += 1
-        self._mean_s += (step_s - self._mean_s) / min(self._seen_steps, _MEMORY_STEPS)
-        left_s = self._mean_s * (self._total_steps - step)
+        """The line of the step that has just ended, `left_s` seconds before the run's end."""
         width = len(str(self._total_steps))
         return (
             f"step {step:>{width}}/{self._total_steps}  loss {loss_nats:.4f}  "

@@ -183,10 +183,31 @@ def goodput(lives: Sequence[Life], records: Iterable[Mapping[str, Any]], *, now_
     """
     if not lives:
         return 0.0
-    counted_s = sum(float(record.get("speed/step_s", 0.0)) for record in records)
-    passed_s = now_s - lives[0].began_s
+    return _share(sum(_step_s(record) for record in records), now_s - lives[0].began_s)
+
+
+def _step_s(record: Mapping[str, Any]) -> float:
+    return float(record.get("speed/step_s", 0.0))
+
+
+def _share(counted_s: float, passed_s: float) -> float:
     # a wall clock that was set back must not give more than everything
     return counted_s / max(passed_s, counted_s) if counted_s else 0.0
+
+
+class GoodputSoFar:
+    """`goodput` of a run while it trains: each step adds its seconds to those before."""
+
+    def __init__(self, run_dir: Path, records: Iterable[Mapping[str, Any]]) -> None:
+        """`records`: those of the run so far."""
+        lives = read_lives(run_dir)
+        self._began_s = lives[0].began_s if lives else time.time()
+        self._counted_s = sum(_step_s(record) for record in records)
+
+    def after(self, step_s: float) -> float:
+        """The share once a step of `step_s` seconds has ended, now."""
+        self._counted_s += step_s
+        return _share(self._counted_s, time.time() - self._began_s)
 
 
 def run_goodput(run_dir: Path, *, now_s: float) -> float:

@@ -1,6 +1,8 @@
-"""What a run leaves behind: metrics.jsonl is the truth, the console and W&B are copies of it."""
+"""What a run leaves behind: metrics.jsonl is the truth, the rest are copies of it."""
 
 import logging
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,15 @@ from pretrain.engine.saving import Saved
 from pretrain.errors import PretrainError
 from pretrain.loop.alarms import Alarms
 from pretrain.loop.console import Progress
+from pretrain.loop.lineage import GoodputSoFar
 from pretrain.loop.metrics import MetricLog, read_metrics
+from pretrain.loop.origin import write_origin
 from pretrain.loop.plots import plot_run
+from pretrain.loop.sink import Alerts, message
 from pretrain.loop.state import TrainState, last_step
 from pretrain.loop.steps import StepRecord
-from pretrain.loop.wandb_sink import WandbSink
+from pretrain.loop.tensorboard_sink import start_tensorboard
+from pretrain.loop.wandb_sink import start_wandb
 
 log = logging.getLogger(__name__)
 
@@ -22,24 +28,43 @@ log = logging.getLogger(__name__)
 class Record:
     """Rank 0's record of a run. Other ranks make one too, and it writes nothing there."""
 
-    def __init__(self, config: TrainConfig, run_dir: Path, state: TrainState, *, rank: int) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        run_dir: Path,
+        state: TrainState,
+        *,
+        rank: int,
+        origin: Mapping[str, Any],
+    ) -> None:
+        """`origin`: where this life comes from, for the configuration that pages show."""
         self._run_dir = run_dir
         self._is_writer = rank == 0
         if not self._is_writer:
             return
-        self._config = config
-        self._log, self._alarms, self._progress = self._resume(state)
-        self._wandb = WandbSink(config.logging, run_dir, as_dict(config), run_name=config.run.name)
+        self._config, self._name = config, config.run.name
+        self._resume(state)
+        write_origin(run_dir, origin)
+        shown = as_dict(config) | {"origin": dict(origin)}
+        started = (
+            start_wandb(config.logging, run_dir, shown, run_name=config.run.name),
+            start_tensorboard(config.logging, run_dir, tokens=state.tokens),
+        )
+        self._sinks = [sink for sink in started if sink is not None]
+        self._alerts = Alerts(self._sinks, cooldown_s=config.logging.alert_cooldown_s)
+        self._spikes = state.spikes
 
     def step(self, record: StepRecord) -> None:
-        """One line on the console, one object in the log, one point in W&B."""
+        """One line on the console, one object in the log, one point in each sink."""
         if not self._is_writer:
             return
-        metrics = record.metrics
+        metrics, step_s = record.metrics, record.metrics["speed/step_s"]
+        left_s = self._progress.left_s(step=record.step, step_s=step_s)
+        progress = {"progress/left_s": left_s, "progress/goodput": self._goodput.after(step_s)}
         log.info(
             self._progress.line(
                 step=record.step,
-                step_s=metrics["speed/step_s"],
+                left_s=left_s,
                 loss_nats=metrics["loss/nats"],
                 mean_depth=metrics["depth/mean"],
                 tokens_per_s=metrics["speed/tokens_per_s"],
@@ -47,7 +72,8 @@ class Record:
                 learning_rate=metrics["optimizer/learning_rate"],
             )
         )
-        self._write({"step": record.step, "tokens": record.tokens, **metrics})
+        self._write({"step": record.step, "tokens": record.tokens, **metrics, **progress})
+        self._alert_of_step(record)
 
     def validation(self, state: TrainState, result: dict[str, Any]) -> None:
         """Held-out loss at several depths, as one object and one line."""
@@ -57,6 +83,10 @@ class Record:
         shown = "  ".join(f"r={depth} {loss:.4f}" for depth, loss in pairs)
         log.info("validation at step %d: %s", state.step, shown)
         alarms = self._alarms.judge(state.step, result)
+        for name, is_on in alarms.items():
+            if is_on:
+                kind = name.removeprefix("alarm/")
+                self.alert(kind, f"{self._name}: alarm {kind} at step {state.step}: {shown}")
         self._write({"step": state.step, "tokens": state.tokens, **result, **alarms})
 
     def saved(self, state: TrainState, saved: Saved, *, blocked_s: float) -> None:
@@ -77,7 +107,37 @@ class Record:
         if not self._is_writer:
             return
         self._log.close()
-        self._log, self._alarms, self._progress = self._resume(state)
+        self._resume(state)
+
+    def alert(self, kind: str, text: str) -> None:
+        """Tell whoever watches the copies; rank 0 only, and not too often."""
+        if self._is_writer:
+            self._alerts.raise_(kind, text)
+
+    def save_failed(self, state: TrainState, error: Exception) -> None:
+        """A checkpoint was not written, and training goes on."""
+        if self._is_writer:
+            self.alert("save failed", f"{self._name} at step {state.step}: {error}")
+
+    def stalled(self, step: int) -> None:
+        """No rank has got on for guards.stall_s; the process is about to end."""
+        if self._is_writer:
+            self.alert("stall", f"{self._name} stands still at step {step}; see stalls.jsonl")
+
+    def requeued(self, state: TrainState, reason: str) -> None:
+        """The life has saved and ends before the run does."""
+        if self._is_writer:
+            self.alert("requeue", f"{self._name} saved step {state.step} and leaves: {reason}")
+
+    def _alert_of_step(self, record: StepRecord) -> None:
+        metrics, place = record.metrics, f"{self._name} at step {record.step}"
+        loss, norm = metrics["loss/nats"], metrics["gradient/norm"]
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.alert("non-finite", f"{place}: loss {loss}, gradient norm {norm}")
+        elif metrics["loss/spikes"] > self._spikes:
+            score = metrics["loss/spike_score"]
+            self.alert("spike", f"{place}: loss {loss:.4f}, {score:.1f} deviations up")
+        self._spikes = metrics["loss/spikes"]
 
     def sync(self) -> None:
         """Make what was written last through a power cut; called with each checkpoint."""
@@ -85,23 +145,27 @@ class Record:
             self._log.sync()
 
     def finish(self, exit_code: int) -> list[Path]:
-        """Close the log and W&B, draw the plots, and say where they are."""
+        """Close the log and the sinks, draw the plots, and say where they are."""
         if not self._is_writer:
             return []
         self._log.close()
-        self._wandb.close(exit_code)
+        for sink in self._sinks:
+            sink.close(exit_code)
         try:
             return plot_run(self._run_dir)
         except (OSError, PretrainError) as error:
             log.warning("the plots could not be drawn: %s", error)
             return []
 
-    def _resume(self, state: TrainState) -> tuple[MetricLog, Alarms, Progress]:
+    def _resume(self, state: TrainState) -> None:
         path = self._run_dir / "metrics.jsonl"
-        metrics = MetricLog(path, resumed_step=state.step)
-        alarms = Alarms(self._config, read_metrics(path))
-        return metrics, alarms, Progress(last_step(self._config, state))
+        self._log = MetricLog(path, resumed_step=state.step)
+        earlier = read_metrics(path)
+        self._alarms = Alarms(self._config, earlier)
+        self._goodput = GoodputSoFar(self._run_dir, earlier)
+        self._progress = Progress(last_step(self._config, state))
 
     def _write(self, values: dict[str, Any]) -> None:
         self._log.write(values)
-        self._wandb.write(values)
+        for sink in self._sinks:
+            sink.send(message(values))

@@ -125,3 +125,4 @@ class Saves:
         # tried once for whoever asked, and said; not again at every step
         self._answer()
         log.error("training goes on without this save: %s", error)
+        self._record.save_failed(self._session.state, error)

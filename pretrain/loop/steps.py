@@ -7,12 +7,13 @@ number, so neither the ranks nor the accumulation nor padding weigh a token diff
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from pretrain.config import TrainConfig
 from pretrain.data.loader import Batch
+from pretrain.data.order import Order
 from pretrain.engine.deepspeed import Engine
 from pretrain.engine.saving import Saver
 from pretrain.engine.world import World
@@ -22,12 +23,21 @@ from pretrain.loop.host_memory import HostMemory
 from pretrain.loop.lost_rows import note_lost_rows
 from pretrain.loop.micro_batches import labels_of, micro_batches, row_checksum
 from pretrain.loop.passed_over import Rewind, row_after
+from pretrain.loop.peak import peak_flops
+from pretrain.loop.phases import PhaseClock
+from pretrain.loop.sensors import Sensors, sensor_metrics
 from pretrain.loop.signals import StopSignals
 from pretrain.loop.state import TrainState, last_step, total_tokens
+from pretrain.loop.step_metrics import (
+    depth_metrics,
+    source_metrics,
+    speed_metrics,
+    split_metrics,
+    work,
+)
 from pretrain.loop.stragglers import Stragglers
 from pretrain.loop.watchdog import Watchdog
-from pretrain.model.cost import TokenFlops
-from pretrain.model.depth import WITH_GRAD_COST, Depth, step_depths
+from pretrain.model.depth import Depth, step_depths
 from pretrain.model.loss import IGNORED
 from pretrain.optim.schedule import learning_rate
 
@@ -42,17 +52,32 @@ class Session:
     saver: Saver
     stream: Callable[[int], Iterator[Batch]]
     """This rank's rows of each step from a global row on."""
+    order: Order
+    """Which source each global row is of."""
     state: TrainState
     stop: StopSignals
     control: Control
     watch: Watchdog
     stragglers: Stragglers
     memory: HostMemory
+    sensors: Sensors
     identity: dict[str, str]
     """Hashes of shards and tokenizer; kept in every checkpoint."""
     rewinds: list[Rewind] = field(default_factory=list)
     """Rows to go past."""
     batches: Iterator[Batch] | None = None
+    clock: PhaseClock = field(init=False)
+    peak: float = field(init=False)
+    """FLOP/s that a rank's device could reach."""
+
+    def __post_init__(self) -> None:
+        self.clock = PhaseClock(self.world.device)
+        self.peak = peak_flops(self.config, self.world.device)
+
+    def enter(self, phase: str) -> None:
+        """Tell watchdog and clock what the step does from here on."""
+        self.watch.enter(self.state.step + 1, phase)
+        self.clock.enter(phase)
 
     def next_batch(self) -> Batch:
         """This rank's rows of the next step."""
@@ -77,6 +102,8 @@ class _Sums(NamedTuple):
     nats: float
     checksum: float
     waited_s: float
+    forward_s: float
+    backward_s: float
     lost: float
     writing: float
     stopping: float
@@ -89,8 +116,8 @@ class StepRecord(NamedTuple):
 
     step: int
     tokens: int
-    metrics: dict[str, float]
-    """Reduced over ranks; keys like loss/nats."""
+    metrics: dict[str, Any]
+    """Reduced over ranks; keys like loss/nats, numbers and lists of numbers."""
     should_stop: bool
     """A rank has been told to save and leave, or control/stop is there."""
     should_save: bool
@@ -112,9 +139,9 @@ def training_steps(session: Session) -> Iterator[StepRecord]:
 
 def _step(session: Session) -> StepRecord:
     config, world, state = session.config, session.world, session.state
-    watch, number = session.watch, state.step + 1
     started = time.monotonic()
-    watch.enter(number, "data")
+    session.clock.begin()
+    session.enter("data")
     batch = session.next_batch()
     waited_s = time.monotonic() - started
     first_row, rate = state.rows, _learning_rate(config, state)
@@ -123,13 +150,14 @@ def _step(session: Session) -> StepRecord:
     )
     own = depths[batch.first_row - first_row :][: len(batch.tokens_BS)]
     num_labels = int((labels_of(batch, config.model.documents) != IGNORED).sum())
-    watch.enter(number, "count")
+    session.enter("count")
     (all_labels,) = world.sum([num_labels])
     counted = time.monotonic()
     nats = _forward_and_backward(session, batch, own, scale=1 / max(all_labels, 1.0))
     own_s = waited_s + time.monotonic() - counted
-    watch.enter(number, "reduce")
-    sums = _sum(session, nats=nats, batch=batch, waited_s=waited_s)
+    session.enter("reduce")
+    sums, felt = _sum(session, nats=nats, batch=batch, waited_s=waited_s)
+    met_s = time.monotonic() - started
     if sums.lost:
         note_lost_rows(config, world, state, batch)
     loss = sums.nats / max(all_labels, 1.0)
@@ -137,10 +165,14 @@ def _step(session: Session) -> StepRecord:
         # another mixture has another loss: nothing to compare it with
         state.good_losses.clear()
     verdict = spikes.judge(state, loss, config.guards.spike)
-    watch.enter(number, "update")
-    result = session.engine.step(rate, drops_update=verdict.drops_update)
+    session.enter("update")
+    result = session.engine.step(
+        rate,
+        drops_update=verdict.drops_update,
+        measures_parts=_is_due(config.logging.part_norms_every_steps, state.step + 1),
+    )
     step_s = time.monotonic() - started
-    watch.enter(number, "after")
+    session.enter("after")
     spikes.note(state, loss, verdict, config.guards.spike)
     _advance(state, config, is_spike=verdict.is_spike, is_applied=result.is_applied, step_s=step_s)
     metrics = {
@@ -148,19 +180,47 @@ def _step(session: Session) -> StepRecord:
         "loss/spike_score": verdict.score,
         "loss/spikes": state.spikes,
         "gradient/norm": result.grad_norm,
+        **result.part_norms,
         "optimizer/learning_rate": rate,
         "optimizer/skipped_updates": state.skipped_updates,
         "data/first_row": first_row,
         "data/rows": config.rows_per_step,
         "data/checksum": sums.checksum,
         "data/valid_tokens": all_labels,
-        "data/wait_s": sums.waited_s / world.size,
         "data/lost_rows": state.lost_rows,
-        **_depth_metrics(depths),
-        **_speed_metrics(config, world, depths, step_s),
-        **session.stragglers.add(own_s=own_s, work=_work(own)),
+        **_plan_metrics(session, depths, first_row=first_row, step_s=step_s),
+        **_time_metrics(sums, world, met_s=met_s, step_s=step_s),
+        **session.stragglers.add(own_s=own_s, work=work(own)),
         "memory/host_bytes": session.memory.measure(),
+        **_device_memory(world),
+        **sensor_metrics(felt),
     }
+    return _record(state, metrics, sums)
+
+
+def _plan_metrics(
+    session: Session, depths: list[Depth], *, first_row: int, step_s: float
+) -> dict[str, Any]:
+    """What the step's number says of its rows, and how fast they went."""
+    config, ranks = session.config, session.world.size
+    return {
+        **source_metrics(session.order, first_row=first_row, rows=config.rows_per_step),
+        **depth_metrics(depths, ranks=ranks),
+        **speed_metrics(config, depths, step_s=step_s, ranks=ranks, peak=session.peak),
+    }
+
+
+def _time_metrics(sums: _Sums, world: World, *, met_s: float, step_s: float) -> dict[str, float]:
+    return split_metrics(
+        data_s=sums.waited_s / world.size,
+        forward_s=sums.forward_s / world.size,
+        backward_s=sums.backward_s / world.size,
+        met_s=met_s,
+        step_s=step_s,
+    )
+
+
+def _record(state: TrainState, metrics: dict[str, Any], sums: _Sums) -> StepRecord:
     return StepRecord(
         state.step,
         state.tokens,
@@ -172,21 +232,27 @@ def _step(session: Session) -> StepRecord:
     )
 
 
-def _sum(session: Session, *, nats: float, batch: Batch, waited_s: float) -> _Sums:
-    """The one sum over ranks of a step; wishes ride along with the loss."""
+def _sum(
+    session: Session, *, nats: float, batch: Batch, waited_s: float
+) -> tuple[_Sums, list[float]]:
+    """The one sum over ranks of a step; wishes and sensors ride along with the loss."""
     asked = session.control.poll()
     is_stopping = asked.stop or session.stop.received is not None
+    spent = session.clock.seconds()
     own = _Sums(
         nats,
         row_checksum(batch),
         waited_s,
+        spent.get("forward", 0.0),
+        spent.get("backward", 0.0),
         len(batch.lost),
         session.saver.is_writing,
         is_stopping,
         asked.save,
         asked.pause,
     )
-    return _Sums(*session.world.sum(list(own)))
+    sums = session.world.sum([*own, *session.sensors.take()])
+    return _Sums(*sums[: len(own)]), sums[len(own) :]
 
 
 def _changes_mixture(config: TrainConfig, first_row: int) -> bool:
@@ -211,7 +277,7 @@ def _forward_and_backward(
     """Gradients of scale * nats over this rank's rows; returns the nats."""
     config, engine = session.config, session.engine
     nats = torch.zeros((), dtype=torch.float64, device=session.world.device)
-    number = session.state.step + 1
+    session.enter("forward")
     for micro in micro_batches(
         batch,
         depths,
@@ -220,7 +286,6 @@ def _forward_and_backward(
         seed=config.run.seed,
         device=session.world.device,
     ):
-        session.watch.enter(number, "forward")
         output = engine(
             micro.tokens_BT,
             micro.depths,
@@ -230,15 +295,15 @@ def _forward_and_backward(
             keep_logits=False,
         )
         assert output.nats is not None
-        session.watch.enter(number, "backward")
+        session.enter("backward")
         engine.backward(output.nats, scale=scale)
         nats += output.nats.detach().double()
+        session.enter("forward")
     return float(nats)
 
 
-def _work(depths: list[Depth]) -> float:
-    """Forward passes of the core, a backward pass being three."""
-    return float(sum(depth.no_grad + WITH_GRAD_COST * depth.with_grad for depth in depths))
+def _is_due(every_steps: int, step: int) -> bool:
+    return every_steps > 0 and step % every_steps == 0
 
 
 def _advance(
@@ -253,28 +318,7 @@ def _advance(
     state.bad_in_a_row = state.bad_in_a_row + 1 if is_spike or not is_applied else 0
 
 
-def _depth_metrics(depths: list[Depth]) -> dict[str, float]:
-    totals = [depth.total for depth in depths]
-    return {
-        "depth/mean": sum(totals) / len(totals),
-        "depth/min": min(totals),
-        "depth/max": max(totals),
-    }
-
-
-def _speed_metrics(
-    config: TrainConfig, world: World, depths: list[Depth], step_s: float
-) -> dict[str, float]:
-    tokens_per_s = config.batch.global_tokens / step_s
-    flops_per_token = TokenFlops.of(config.model).model(
-        no_grad=sum(depth.no_grad for depth in depths) / len(depths),
-        with_grad=sum(depth.with_grad for depth in depths) / len(depths),
-    )
-    metrics = {
-        "speed/step_s": step_s,
-        "speed/tokens_per_s": tokens_per_s,
-        "speed/model_flops_per_s_per_rank": tokens_per_s * flops_per_token / world.size,
-    }
-    if world.device.type == "cuda":
-        metrics["memory/peak_bytes"] = torch.cuda.max_memory_allocated(world.device)
-    return metrics
+def _device_memory(world: World) -> dict[str, float]:
+    if world.device.type != "cuda":
+        return {}
+    return {"memory/peak_bytes": torch.cuda.max_memory_allocated(world.device)}

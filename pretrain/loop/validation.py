@@ -34,21 +34,25 @@ def validate(
 
     Returns validation/depths, validation/loss_nats (both lists), validation/rows and
     validation/tokens. With `diagnose_depth` also the losses at 1 and there, whatever `depths` has,
-    and there the `Diagnostics` of the state. Every rank calls `forward` equally often, with idle
-    rows if need be: under ZeRO-3 a forward pass is a collective.
+    and there the `Diagnostics` of the state; validation/kl_nats, from each measured depth's
+    prediction to that of the next one, which validation/kl_depths names; and state/moves, how far
+    the state still moves in each iteration (||s_t - s_(t-1)|| / ||s_t||, t from 1). Every rank
+    calls `forward` equally often, with idle rows if need be: under ZeRO-3 a forward pass is a
+    collective.
     """
     extra = () if diagnose_depth is None else (1, diagnose_depth)
     measured = sorted({*depths, *extra})
     most = max(world.gather_objects(len(held_out.tokens_BS)))
-    totals = torch.zeros(len(measured) + len(Diagnostics._fields), dtype=torch.float64)
+    totals = torch.zeros((), dtype=torch.float64)
     num_labels = 0.0
     for start in range(0, most, config.batch.micro_rows):
         batch = _slice(held_out, start, config.batch.micro_rows)
         output = _forward(
             forward, config, world, batch or _idle_batch(config), measured, diagnose_depth
         )
+        found = _sums(output)
+        totals = totals + (torch.zeros_like(found) if batch is None else found)
         if batch is not None:
-            totals += _sums(output)
             num_labels += float((labels_of(batch, config.model.documents) != IGNORED).sum())
     *sums, count, all_rows = world.sum(
         [*totals.tolist(), num_labels, float(len(held_out.tokens_BS))]
@@ -63,28 +67,35 @@ def validate(
     if diagnose_depth is not None:
         result["validation/loss_at_1_nats"] = losses[1]
         result["validation/loss_at_mean_nats"] = losses[diagnose_depth]
-        result |= _diagnostics(sums[len(measured) :])
+        kl, rest = sums[len(measured) :][: len(measured) - 1], sums[2 * len(measured) - 1 :]
+        result["validation/kl_depths"] = measured[1:]
+        result["validation/kl_nats"] = [nats / max(count, 1.0) for nats in kl]
+        result |= _diagnostics(rest)
     return result
 
 
 def _sums(output: Output) -> Tensor:
-    """Sums over the rows of a micro-batch: nats at each depth, then each of the diagnostics."""
+    """Sums over the rows of a micro-batch: nats at each depth; KL, diagnostics, moves if any."""
     assert output.nats_by_depth is not None
-    nats = output.nats_by_depth.double().sum(-1)
-    found = output.diagnostics
-    if found is None:
-        return torch.cat([nats, nats.new_zeros(len(Diagnostics._fields))]).cpu()
-    return torch.cat([nats, torch.stack(found).sum(-1)]).cpu()
+    parts = [output.nats_by_depth]
+    if output.diagnostics is not None:
+        assert output.kl_by_depth is not None
+        assert output.moves is not None
+        parts += [output.kl_by_depth, torch.stack(output.diagnostics), output.moves]
+    return torch.cat([part.double().sum(-1) for part in parts]).cpu()
 
 
-def _diagnostics(sums: Sequence[float]) -> dict[str, float]:
-    *totals, rows = sums
-    state, hidden, norm, residual = (total / max(rows, 1.0) for total in totals)
+def _diagnostics(sums: Sequence[float]) -> dict[str, Any]:
+    """Means over rows, from the sums of the diagnostics and of the moves behind them."""
+    named = Diagnostics._fields
+    rows = max(sums[len(named) - 1], 1.0)
+    state, hidden, norm, residual = (total / rows for total in sums[: len(named) - 1])
     return {
         "state/token_correlation": state,
         "state/norm": norm,
         "state/relative_residual": residual,
         "hidden/token_correlation": hidden,
+        "state/moves": [total / rows for total in sums[len(named) :]],
     }
 
 

@@ -1,13 +1,15 @@
 """The process that speaks to W&B, so that nothing in that library can touch training.
 
 Run by `wandb_sink`, never imported by it. Standard input has one JSON object a line: first
-{"settings", "config", "mode"}, then records, at last {"finish": exit code}; the input's end
-without `finish` means that training was killed. Each line on standard output is a JSON object
+{"mode", "run", "config", "finish_timeout_s"}, then messages as `sink` makes them ({"record",
+"histograms", "tables"} or {"alert"}), at last {"finish": exit code}; the input's end without
+`finish` means that training was killed. Each line on standard output is a JSON object
 {"level", "message"} that the sink logs.
 """
 
 import json
 import logging
+import math
 import os
 import runpy
 import signal
@@ -19,6 +21,8 @@ import wandb
 
 # W&B adds about ten seconds of its own: a lost network is known in the first half minute.
 _INIT_TIMEOUT_S = 15.0
+# As metrics.jsonl spells them.
+NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def main() -> None:
@@ -38,8 +42,25 @@ def main() -> None:
         if "finish" in message:
             exit_code = message["finish"]
             break
-        run.log(message)
+        if "alert" in message:
+            run.alert(**message["alert"], level="WARN")
+        else:
+            run.log(_logged(message))
     run.finish(exit_code=exit_code)
+
+
+def _logged(message: dict[str, Any]) -> dict[str, Any]:
+    """What W&B charts: numbers, histograms, and tables by column."""
+    logged = {key: NON_FINITE.get(value, value) for key, value in message["record"].items()}
+    for name, given in message.get("histograms", {}).items():
+        logged[name] = wandb.Histogram(np_histogram=(given["counts"], given["edges"]))
+    for name, columns in message.get("tables", {}).items():
+        rows = [
+            [NON_FINITE.get(cell, cell) for cell in row]
+            for row in zip(*columns.values(), strict=True)
+        ]
+        logged[name] = wandb.Table(columns=list(columns), data=rows)
+    return logged
 
 
 class _Masked:
@@ -98,6 +119,8 @@ def _init(start: dict[str, Any], mode: Literal["online", "offline"]) -> wandb.Ru
     return wandb.init(
         mode=mode,
         config=start["config"],
+        # Another life may have another job, and a configuration that a resume may change.
+        allow_val_change=True,
         resume="allow" if mode == "online" else None,
         settings=settings,
         **start["run"],

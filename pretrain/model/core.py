@@ -20,6 +20,7 @@ from pretrain.model.block import make_block
 from pretrain.model.cache import Span
 from pretrain.model.config import ComputePath, Injection, ModelConfig, ProductPrecision
 from pretrain.model.depth import Depth
+from pretrain.model.diagnostics import relative_move
 from pretrain.model.fused.core import Recurrence, fused_core
 from pretrain.model.layout import Layout
 from pretrain.model.parameter import unset
@@ -76,11 +77,13 @@ class RecurrentCore(nn.Module):
         layout: Layout,
         keep: Sequence[int] = (),
         kept_iterations: int | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        measures_moves: bool = False,
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
         """The state of each row after its own depth, and those after `keep` iterations.
 
         0 is the start; a row whose depth is smaller has its last state. With kept_iterations the
-        backward pass computes all but the last so many iterations again.
+        backward pass computes all but the last so many iterations again. With measures_moves, for
+        which all rows have one depth r, also ||s_t - s_(t-1)|| / ||s_t|| for t = 1..r, [r, B, T].
 
         Raises ConfigError where the fused path, which differentiates the last states alone, is
         asked for gradients of kept states or of the start.
@@ -94,14 +97,14 @@ class RecurrentCore(nn.Module):
         is_fused = self.config.path is ComputePath.fused
         if is_fused and torch.is_grad_enabled():
             _check_differentiable(state_BTD, depths, keep)
-        kept = _Kept(state_BTD, depths, keep)
+        kept = _Kept(state_BTD, depths, keep, measures_moves=measures_moves)
         run = self._run_fused if is_fused else self._run
         last_BTD = run(embedded_BTD, state_BTD, depths, layout, kept, kept_iterations)
         states = (last_BTD, *(kept.after(iterations) for iterations in keep))
         if is_mixed:
             back_B = torch.argsort(index_B)
             states = tuple(state_BTD[back_B] for state_BTD in states)
-        return states[0], states[1:]
+        return states[0], states[1:], torch.stack(kept.moves) if measures_moves else None
 
     def _run(
         self,
@@ -159,14 +162,26 @@ def _check_differentiable(start_BTD: Tensor, depths: Sequence[Depth], keep: Sequ
 class _Kept:
     """The states after some iterations, of rows that are sorted deepest first and end together."""
 
-    def __init__(self, start_BTD: Tensor, depths: Sequence[Depth], keep: Sequence[int]) -> None:
+    def __init__(
+        self,
+        start_BTD: Tensor,
+        depths: Sequence[Depth],
+        keep: Sequence[int],
+        *,
+        measures_moves: bool = False,
+    ) -> None:
         self.start_BTD = start_BTD
+        self.moves: list[Tensor] = []
+        self.previous_BTD = start_BTD if measures_moves else None
         self.totals = [depth.total for depth in depths]
         wanted = {self._time(total, number) for total in self.totals for number in keep}
         self.seen: dict[int, Tensor | None] = dict.fromkeys(wanted)
 
     def see(self, time: int, state_ATD: Tensor) -> None:
         """Remember the active rows after `time` iterations of the deepest one, if needed."""
+        if self.previous_BTD is not None:
+            self.moves.append(relative_move(self.previous_BTD, state_ATD))
+            self.previous_BTD = state_ATD
         if time in self.seen:
             self.seen[time] = state_ATD
 

@@ -40,7 +40,7 @@ def diagnose(
     is_measured_B = counted_BT.sum(1) >= 2
     wide_BTD = state_BTD.to(torch.promote_types(state_BTD.dtype, torch.float32))
     norm_BT = wide_BTD.norm(dim=-1)
-    residual_BT = (wide_BTD - previous_BTD).norm(dim=-1) / norm_BT
+    residual_BT = relative_move(previous_BTD, state_BTD)
     return Diagnostics(
         token_correlation(state_BTD, counted_BT).where(is_measured_B, 0.0),
         token_correlation(hidden_BTD, counted_BT).where(is_measured_B, 0.0),
@@ -48,6 +48,19 @@ def diagnose(
         _mean(residual_BT, counted_BT).where(is_measured_B, 0.0),
         is_measured_B.double(),
     )
+
+
+def relative_move(previous_BTD: Tensor, state_BTD: Tensor) -> Tensor:
+    """||s - previous|| / ||s|| of each token, float32 or wider: [B, T]."""
+    wide_BTD = state_BTD.to(torch.promote_types(state_BTD.dtype, torch.float32))
+    return (wide_BTD - previous_BTD).norm(dim=-1) / wide_BTD.norm(dim=-1)
+
+
+def row_means(values_NBT: Tensor, counted_BT: Tensor) -> Tensor:
+    """Means over the counted tokens of each row, float64 [N, B]; 0 as in `Diagnostics`."""
+    is_measured_B = counted_BT.sum(1) >= 2
+    means = [_mean(values_BT, counted_BT).where(is_measured_B, 0.0) for values_BT in values_NBT]
+    return torch.stack(means)
 
 
 def token_correlation(x_BTD: Tensor, counted_BT: Tensor) -> Tensor:

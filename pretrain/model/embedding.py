@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.model.config import ComputePath, ModelConfig
-from pretrain.model.loss import linear_cross_entropy
+from pretrain.model.loss import divergence, linear_cross_entropy
 from pretrain.model.parameter import unset
 from pretrain_kernels import linear_cross_entropy as fused
 
@@ -32,13 +32,18 @@ class TiedEmbedding(nn.Module):
         tokens_BT: Tensor | None,
         hidden_BTD: Tensor | None = None,
         labels_BT: Tensor | None = None,
+        other_BTD: Tensor | None = None,
     ) -> Tensor:
         """Vectors of tokens [B, T, D]; of hidden vectors, the logits [B, T, V] in float32, or,
-        with labels, the nats [B, T] (logits are then never held all at once).
+        with labels, the nats [B, T], or, with others, KL(these || others) in nats [B, T] (logits
+        are then never held all at once).
         """
         if tokens_BT is not None:
             return F.embedding(tokens_BT, self.weight) * self.scale
         assert hidden_BTD is not None
+        if other_BTD is not None:
+            pair = (hidden_BTD.flatten(0, 1), other_BTD.flatten(0, 1))
+            return divergence(*pair, self.weight).view(hidden_BTD.shape[:2])
         if labels_BT is None:
             logits_BTV = F.linear(hidden_BTD, self.weight)
             return logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))

@@ -45,6 +45,26 @@ def _chunk_nats(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tenso
     return cross_entropy(F.linear(hidden_ND, weight_VD), labels_N)
 
 
+@torch.no_grad()
+def divergence(
+    first_ND: Tensor, second_ND: Tensor, weight_VD: Tensor, *, chunk_tokens: int = CHUNK_TOKENS
+) -> Tensor:
+    """KL(p || q) in nats of each token, where p and q are what the head makes of two vectors.
+
+    Float32 or wider [N]; the logits of one chunk are in memory at a time, twice.
+    """
+    found = []
+    for start in range(0, first_ND.shape[0], chunk_tokens):
+        span = slice(start, start + chunk_tokens)
+        logs = []
+        for hidden_ND in (first_ND, second_ND):
+            logits_NV = F.linear(hidden_ND[span], weight_VD)
+            wide = torch.promote_types(logits_NV.dtype, torch.float32)
+            logs.append(logits_NV.to(wide).log_softmax(-1))
+        found.append((logs[0].exp() * (logs[0] - logs[1])).sum(-1))
+    return torch.cat(found)
+
+
 def weighted_sum(
     nats: Tensor, labels: Tensor, weights: Tensor | None, *, dim: int | None = None
 ) -> tuple[Tensor, Tensor]:

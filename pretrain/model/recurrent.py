@@ -8,6 +8,7 @@ logits = norm(coda(norm(s_r))) E^T          one norm, one E
 # B rows  T tokens  D width  V vocabulary  N chosen depths
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from pretrain.model.cache import Span
 from pretrain.model.config import DocumentMask, ModelConfig
 from pretrain.model.core import RecurrentCore
 from pretrain.model.depth import Depth
-from pretrain.model.diagnostics import Diagnostics, diagnose
+from pretrain.model.diagnostics import Diagnostics, diagnose, row_means
 from pretrain.model.embedding import TiedEmbedding
 from pretrain.model.layout import Layout, Mask, split_documents
 from pretrain.model.loss import IGNORED, cross_entropy, weighted_sum
@@ -56,6 +57,11 @@ class Output(NamedTuple):
     """Sum of weights of each row: float32 [B]."""
     diagnostics: Diagnostics | None = None
     """Of the state at `diagnose_depth` and what the head makes of it."""
+    kl_by_depth: Tensor | None = None
+    """KL in nats from each chosen depth's prediction to the next one's, as `nats_by_depth`:
+    float32 [N - 1, B]."""
+    moves: Tensor | None = None
+    """Mean over the tokens of a row of ||s_t - s_(t-1)|| / ||s_t||, t = 1.. : float64 [r, B]."""
 
 
 class RecurrentModel(nn.Module):
@@ -96,8 +102,8 @@ class RecurrentModel(nn.Module):
         the index of each token's document in its row, -1 on padding, needed if the model isolates
         documents; prefixes [B], leading tokens that all tokens of the row see. With
         evaluate_depths (labels needed) only `nats_by_depth` and `labels_by_row` are returned, and
-        with diagnose_depth `diagnostics` there. Raises ConfigError if arguments do not fit
-        together.
+        with diagnose_depth `diagnostics` there, `kl_by_depth` and `moves`. Raises ConfigError if
+        arguments do not fit together.
         """
         _check(tokens, depths, initial_state, labels, evaluate_depths, diagnose_depth)
         layout = self._layout(tokens, documents, prefixes)
@@ -105,19 +111,30 @@ class RecurrentModel(nn.Module):
         keep = sorted({*(evaluate_depths or ()), *_last_two(diagnose_depth)})
         if return_states:
             keep = list(range(max(depth.total for depth in depths) + 1))
-        state_BTD, kept = self.core(
+        state_BTD, kept, moves_RBT = self.core(
             embedded_BTD,
             initial_state.to(embedded_BTD.dtype),
             depths=depths,
             layout=layout,
             keep=keep,
             kept_iterations=self.kept_iterations,
+            measures_moves=diagnose_depth is not None,
         )
         if evaluate_depths is not None:
             assert labels is not None
             states = dict(zip(keep, kept, strict=True))
-            output = self._evaluate(states, evaluate_depths, layout, labels, weights)
-            return self._diagnose(output, states, diagnose_depth, layout, labels)
+            asked = sorted({*evaluate_depths, *_last_two(diagnose_depth)[1:]})
+            hidden = {depth: self.decode(states[depth], layout)[1] for depth in asked}
+            output = self._evaluate(hidden, evaluate_depths, labels, weights)
+            if diagnose_depth is None:
+                return output
+            assert moves_RBT is not None
+            before, at, counted_BT = *_last_two(diagnose_depth), labels != IGNORED
+            return output._replace(
+                diagnostics=diagnose(states[before], states[at], hidden[at], counted_BT),
+                kl_by_depth=self._compare(hidden, evaluate_depths, labels, weights),
+                moves=row_means(moves_RBT, counted_BT),
+            )
         latent_BTD, hidden_BTD = self.decode(state_BTD, layout)
         output = Output(state=state_BTD, latent=latent_BTD, hidden=hidden_BTD)
         if return_states:
@@ -207,33 +224,36 @@ class RecurrentModel(nn.Module):
 
     def _evaluate(
         self,
-        states: dict[int, Tensor],
+        hidden: dict[int, Tensor],
         depths: Sequence[int],
-        layout: Layout,
         labels_BT: Tensor,
         weights_BT: Tensor | None,
     ) -> Output:
         rows = []
         for depth in depths:
-            _, hidden_BTD = self.decode(states[depth], layout)
-            nats_BT = self.embedding(None, hidden_BTD, labels_BT)
+            nats_BT = self.embedding(None, hidden[depth], labels_BT)
             nats_B, labels_B = weighted_sum(nats_BT, labels_BT, weights_BT, dim=1)
             rows.append(nats_B)
         return Output(nats_by_depth=torch.stack(rows), labels_by_row=labels_B)
 
-    def _diagnose(
+    def _compare(
         self,
-        output: Output,
-        states: dict[int, Tensor],
-        depth: int | None,
-        layout: Layout,
+        hidden: dict[int, Tensor],
+        depths: Sequence[int],
         labels_BT: Tensor,
-    ) -> Output:
-        if depth is None:
-            return output
-        _, hidden_BTD = self.decode(states[depth], layout)
-        found = diagnose(states[depth - 1], states[depth], hidden_BTD, labels_BT != IGNORED)
-        return output._replace(diagnostics=found)
+        weights_BT: Tensor | None,
+    ) -> Tensor:
+        """KL from each depth to the next, summed over the labels of each row: [N - 1, B]."""
+        rows = [
+            weighted_sum(
+                self.embedding(None, hidden[depth], None, hidden[following]),
+                labels_BT,
+                weights_BT,
+                dim=1,
+            )[0]
+            for depth, following in pairwise(depths)
+        ]
+        return torch.stack(rows) if rows else labels_BT.new_zeros(0, len(labels_BT)).float()
 
 
 def _last_two(depth: int | None) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import pynvml
 
+from pretrain.loop.sensors import Reading
 from pretrain.preflight.findings import Finding, Status
 
 T = TypeVar("T")
@@ -78,6 +79,36 @@ def read_driver() -> DriverState:
         return DriverState(str(pynvml.nvmlSystemGetDriverVersion()), gpus)
     except pynvml.NVMLError as error:
         # a board that has fallen off the bus answers like this
+        raise NoDriverError(f"the driver does not answer: {error}") from error
+    finally:
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
+
+
+def read_sensors(uuid: str) -> Reading | None:
+    """What the GPU with this UUID feels now; None without an NVIDIA driver or such a GPU.
+
+    Raises NoDriverError if a driver that is there does not answer.
+    """
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        busy = _ask(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
+        power = _ask(lambda: pynvml.nvmlDeviceGetPowerUsage(handle))
+        heat = _ask(lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))
+        clock = _ask(lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM))
+        return Reading(
+            utilization=None if busy is None else busy / 100,
+            power_w=None if power is None else power / 1000,
+            temperature_c=None if heat is None else float(heat),
+            clock_hz=None if clock is None else clock * 1e6,
+        )
+    except pynvml.NVMLError_NotFound:
+        return None
+    except pynvml.NVMLError as error:
         raise NoDriverError(f"the driver does not answer: {error}") from error
     finally:
         with contextlib.suppress(pynvml.NVMLError):

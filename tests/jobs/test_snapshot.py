@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.errors import ConfigError
+from pretrain.jobs import snapshot
 from pretrain.jobs.snapshot import checkout, describe, take
 
 
@@ -104,3 +105,13 @@ def test_an_unpacked_archive_has_no_commit_but_a_hash(root: Path, tmp_path: Path
 
 def test_this_checkout_is_found() -> None:
     assert checkout() == Path(__file__).resolve().parents[2]
+
+
+def test_running_code_knows_its_commit_here_and_in_a_copy(tmp_path, monkeypatch) -> None:
+    here = snapshot.code_origin()
+    copied = snapshot.take(snapshot.checkout(), tmp_path)
+    assert here == {"commit": copied.commit, "diff_sha256": copied.diff_sha256}
+    monkeypatch.setattr(snapshot, "checkout", lambda: copied.folder)
+    assert snapshot.code_origin() == here
+    (copied.folder / "snapshot.json").write_text("torn {")
+    assert snapshot.code_origin() == {}

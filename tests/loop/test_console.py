@@ -24,7 +24,7 @@ def test_durations_read_as_a_person_says_them(seconds, text):
 def line(progress, step, step_s):
     return progress.line(
         step=step,
-        step_s=step_s,
+        left_s=progress.left_s(step=step, step_s=step_s),
         loss_nats=3.14159,
         mean_depth=8.25,
         tokens_per_s=12345.6,

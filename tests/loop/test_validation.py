@@ -66,9 +66,16 @@ def test_losses_at_one_and_at_the_mean_are_those_of_their_depths() -> None:
     # the last norm of the core leaves sqrt(width), width 24, but for epsilon
     assert alone["state/norm"] == pytest.approx(24**0.5, rel=1e-3)
     plain = {key: value for key, value in alone.items() if key.startswith("validation/")}
-    assert plain.keys() - {"validation/loss_at_1_nats", "validation/loss_at_mean_nats"} == {
+    assert plain.keys() == {
         "validation/depths", "validation/loss_nats", "validation/rows", "validation/tokens",
+        "validation/loss_at_1_nats", "validation/loss_at_mean_nats",
+        "validation/kl_depths", "validation/kl_nats",
     }  # fmt: skip
+    # one number for each iteration; the last one's is the diagnosed one
+    assert len(alone["state/moves"]) == 3
+    assert alone["state/moves"][2] == pytest.approx(alone["state/relative_residual"], rel=1e-6)
+    assert alone["validation/kl_depths"] == [2, 3]
+    assert min(alone["validation/kl_nats"]) > 0
 
 
 def measure_all(world: World) -> dict[str, Any]:

@@ -1,23 +1,25 @@
 import json
 import logging
+import math
 import os
 import signal
 import socket
-import struct
 import threading
 import time
 
 import pytest
-from wandb.proto import wandb_internal_pb2
 
-from pretrain.loop import wandb_sink
+from full_disk import small_files
+from pretrain.loop import sink_process
 from pretrain.loop.config import LoggingConfig, WandbMode
-from pretrain.loop.wandb_sink import WandbSink, choose_mode, stored_run_id
+from pretrain.loop.sink import Alerts, message
+from pretrain.loop.wandb_file import count_points
+from pretrain.loop.wandb_sink import choose_mode, start_wandb, stored_run_id
+from wandb_files import values, wandb_records
 
 SECRET = "a" * 40
 # Copying a record takes microseconds; a call that waited for anything would take far longer.
 QUICK_S = 0.5
-BLOCK = 32768
 
 
 @pytest.fixture(autouse=True)
@@ -29,36 +31,11 @@ def no_account(monkeypatch, tmp_path):
 
 def start(run_dir, mode=WandbMode.offline, **options):
     config = LoggingConfig(wandb=mode, project="shelf", tags=["red"])
-    return WandbSink(config, run_dir, {"run": {"seed": 7}}, run_name="first", **options)
+    return start_wandb(config, run_dir, {"run": {"seed": 7}}, run_name="first", **options)
 
 
 def record(step):
     return {"step": step, "tokens": step * 100, "loss/nats": 8.0 / step}
-
-
-def wandb_records(run_dir):
-    """Records of the run's only .wandb file: framed as a LevelDB log, each a protobuf Record."""
-    (path,) = run_dir.glob("wandb/*run-*/*.wandb")
-    content = path.read_bytes()
-    assert content[:4] == b":W&B"
-    place, parts = 7, b""
-    while place + 7 <= len(content):
-        room = BLOCK - place % BLOCK
-        _, length, kind = struct.unpack_from("<IHB", content, place)
-        if room < 7 or kind == 0:
-            place += room
-            continue
-        parts += content[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):
-            message = wandb_internal_pb2.Record()
-            message.ParseFromString(parts)
-            parts = b""
-            yield message
-
-
-def values(items):
-    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
 
 
 def test_an_offline_run_holds_every_record_and_the_configuration_and_no_secret(
@@ -68,14 +45,16 @@ def test_an_offline_run_holds_every_record_and_the_configuration_and_no_secret(
     monkeypatch.setenv("A_SECRET_OF_MINE", "swordfish")
     sink = start(tmp_path)
     for step in range(1, 401):
-        sink.write(record(step))
-    sink.write(
-        {
-            "step": 400,
-            "tokens": 40_000,
-            "validation/depths": [1, 8],
-            "validation/loss_nats": [3.0, 2.0],
-        }
+        sink.send(message(record(step)))
+    sink.send(
+        message(
+            {
+                "step": 400,
+                "tokens": 40_000,
+                "validation/depths": [1, 8],
+                "validation/loss_nats": [3.0, 2.0],
+            }
+        )
     )
     sink.close()
     messages = list(wandb_records(tmp_path))
@@ -95,6 +74,56 @@ def test_an_offline_run_holds_every_record_and_the_configuration_and_no_secret(
         assert private.encode() not in kept
 
 
+def test_depths_are_a_histogram_the_curve_a_table_and_alerts_are_alerts(tmp_path):
+    sink = start(tmp_path)
+    alerts = Alerts([sink], cooldown_s=1000)
+    sink.send(message({"step": 1, "tokens": 9, "depth/histogram": [0, 3, 5] + [0] * 10}))
+    sink.send(message({"step": 2, "tokens": 18, "loss/nats": math.nan}))
+    sink.send(
+        message(
+            {
+                "step": 2,
+                "tokens": 18,
+                "validation/depths": [1, 8],
+                "validation/loss_nats": [3.0, math.inf],
+            }
+        )
+    )
+    assert alerts.raise_("spike", "loss 9 at step 2")
+    assert not alerts.raise_("spike", "loss 10 at step 3")
+    sink.close()
+    assert not sink.has_failed
+    messages = list(wandb_records(tmp_path))
+    first, second, third = [values(m.history.item) for m in messages if m.HasField("history")]
+    # three bins are used, the open ones behind them are not drawn
+    assert first["depth/histogram.values"] == [0, 3, 5]
+    assert first["depth/histogram.bins"] == [0, 1, 2, 4]
+    assert math.isnan(second["loss/nats"])
+    assert first["depth/histogram._type"] == "histogram"
+    assert third["validation/depth_curve._type"] == "table-file"
+    (path,) = tmp_path.glob("wandb/offline-run-*/files/" + third["validation/depth_curve.path"])
+    kept = json.loads(path.read_text())
+    assert kept["columns"] == ["depth", "loss_nats"]
+    assert kept["data"][0] == [1, 3.0]
+    (alert,) = [m.alert for m in messages if m.HasField("alert")]
+    assert (alert.title, alert.text, alert.level) == ("spike", "loss 9 at step 2", "WARN")
+
+
+@pytest.mark.faults
+def test_a_full_disk_costs_points_of_the_copy_and_no_time(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(sink_process, "_GRACE_S", 1.0)
+    with small_files(1 << 14):
+        sink = start(tmp_path, finish_s=5)
+    write_quickly(sink, range(1, 3000))
+    sink.close()
+    # W&B may or may not notice; `pretrain sync` makes the copy anew
+    (path,) = tmp_path.rglob("*.wandb")
+    assert 0 < path.stat().st_size <= 1 << 14
+    assert count_points(path) < 2999
+    assert len(warnings(caplog)) <= 1
+    assert not sink.is_active
+
+
 def test_both_lives_of_a_run_folder_share_one_id_even_after_it_moved(tmp_path):
     (tmp_path / "old/wandb").mkdir(parents=True)
     first = stored_run_id(tmp_path / "old", "first")
@@ -105,10 +134,7 @@ def test_both_lives_of_a_run_folder_share_one_id_even_after_it_moved(tmp_path):
 
 
 def test_disabled_starts_nothing(tmp_path):
-    sink = start(tmp_path, WandbMode.disabled)
-    sink.write(record(1))
-    sink.close()
-    assert not sink.is_active
+    assert start(tmp_path, WandbMode.disabled) is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -137,7 +163,7 @@ def write_quickly(sink, steps):
     slowest = 0.0
     for step in steps:
         started = time.monotonic()
-        sink.write(record(step))
+        sink.send(message(record(step)))
         slowest = max(slowest, time.monotonic() - started)
     assert slowest < QUICK_S
 
@@ -158,7 +184,7 @@ def test_a_killed_process_costs_one_warning(tmp_path, caplog):
 
 @pytest.mark.faults
 def test_a_process_that_hangs_is_disabled_when_the_queue_is_full(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(wandb_sink, "_MAX_WAITING", 100)
+    monkeypatch.setattr(sink_process, "_MAX_WAITING", 100)
     sink = start(tmp_path)
     os.kill(sink.process_id, signal.SIGSTOP)
     write_quickly(sink, range(1, 5000))
@@ -173,7 +199,7 @@ def test_a_process_that_hangs_is_disabled_after_a_while(tmp_path, caplog, monkey
     os.kill(sink.process_id, signal.SIGSTOP)
     write_quickly(sink, range(1, 3000))
     assert sink.is_active
-    monkeypatch.setattr(wandb_sink, "_STALL_S", 0.05)
+    monkeypatch.setattr(sink_process, "_STALL_S", 0.05)
     time.sleep(0.1)
     write_quickly(sink, [3000])
     (warning,) = warnings(caplog)
@@ -182,7 +208,7 @@ def test_a_process_that_hangs_is_disabled_after_a_while(tmp_path, caplog, monkey
 
 @pytest.mark.faults
 def test_a_process_that_hangs_at_the_end_delays_the_end_by_its_bound(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(wandb_sink, "_GRACE_S", 0.5)
+    monkeypatch.setattr(sink_process, "_GRACE_S", 0.5)
     sink = start(tmp_path, finish_s=0.5)
     os.kill(sink.process_id, signal.SIGSTOP)
     started = time.monotonic()
@@ -200,13 +226,6 @@ def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path, caplog):
     sink.close()
     (warning,) = warnings(caplog)
     assert "could not be started" in warning
-
-
-def test_a_record_that_json_cannot_spell_disables_the_sink_alone(tmp_path, caplog):
-    sink = start(tmp_path)
-    sink.write({"step": 1, "object": object()})
-    sink.close()
-    assert "W&B is disabled" in warnings(caplog)[0]
 
 
 @pytest.mark.slow  # W&B itself gives up only after about 26 s.

@@ -105,7 +105,7 @@ def test_no_row_gets_gradient_before_its_suffix(make_model):
     tokens, _, start = batch(2)
     start.requires_grad_()
     layout = model._layout(tokens, None, None)
-    state, _ = model.core(embedded, start, depths=[Depth(2, 0), Depth(0, 3)], layout=layout)
+    state, *_ = model.core(embedded, start, depths=[Depth(2, 0), Depth(0, 3)], layout=layout)
     state.square().sum().backward()
     assert not embedded.grad[0].any()
     assert not start.grad[0].any()

@@ -1,5 +1,7 @@
 """Diagnostics against naive sums over all pairs of tokens, and their extremes."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch import Tensor
 from pretrain.errors import ConfigError
 from pretrain.model.depth import Depth
 from pretrain.model.diagnostics import Diagnostics, diagnose, token_correlation
-from pretrain.model.loss import IGNORED
+from pretrain.model.loss import IGNORED, divergence
 
 
 def naive_correlation(x: Tensor) -> float:
@@ -109,3 +111,40 @@ def test_a_depth_that_is_not_reached_is_refused(make_model, asked: dict[str, int
         make_model()(tokens, [Depth(3, 0)], **arguments, evaluate_depths=[1], **asked)
     with pytest.raises(ConfigError, match="needs evaluate_depths"):
         make_model()(tokens, [Depth(3, 0)], **arguments, **asked)
+
+
+def test_moves_and_divergences_are_those_of_states_and_logits(make_model) -> None:
+    model = make_model()
+    tokens = torch.randint(32, (2, 6), generator=torch.Generator().manual_seed(0))
+    labels = tokens.roll(-1, 1)
+    labels[0, 4:] = IGNORED
+    weights = draw(2, 6, seed=3).abs().double()
+    arguments = {"initial_state": draw(2, 6, 16).double(), "labels": labels, "weights": weights}
+    whole = model(tokens, [Depth(5, 0)] * 2, **arguments, return_states=True)
+    found = model(
+        tokens, [Depth(5, 0)] * 2, **arguments, evaluate_depths=[1, 3, 5], diagnose_depth=2
+    )
+    assert found.moves.shape == (5, 2)
+    for t in range(1, 6):
+        for row, counted in ((0, range(4)), (1, range(6))):
+            before, after = whole.states[t - 1][row], whole.states[t][row]
+            moves = [float((after[i] - before[i]).norm() / after[i].norm()) for i in counted]
+            assert float(found.moves[t - 1, row]) == pytest.approx(sum(moves) / len(moves))
+    logs = [
+        model(tokens, [Depth(depth, 0)] * 2, **arguments).logits.log_softmax(-1)
+        for depth in (1, 3, 5)
+    ]
+    assert found.kl_by_depth.shape == (2, 2)
+    for index, (p, q) in enumerate(pairwise(logs)):
+        kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+        expected = (kl * weights * (labels != IGNORED)).sum(1)
+        # float64 throughout
+        torch.testing.assert_close(found.kl_by_depth[index], expected, atol=1e-9, rtol=1e-9)
+
+
+def test_chunks_change_no_divergence() -> None:
+    first, second, head = draw(7, 4), draw(7, 4, seed=1), draw(11, 4, seed=2)
+    whole = divergence(first, second, head)
+    torch.testing.assert_close(divergence(first, second, head, chunk_tokens=3), whole)
+    assert float(divergence(first, first, head).abs().max()) < 1e-6
+    assert float(whole.min()) > 0
