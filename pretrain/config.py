@@ -9,7 +9,6 @@ from pretrain.errors import ConfigError
 from pretrain.jobs.config import ClusterConfig, SubmitOptions, SweepOptions
 from pretrain.loop.config import (
     BatchConfig,
-    EvaluateOptions,
     GenerateOptions,
     LoggingConfig,
     RunConfig,
@@ -19,6 +18,7 @@ from pretrain.loop.guard_config import GuardConfig
 from pretrain.model.config import ComputePath, DepthConfig, ModelConfig
 from pretrain.optim.config import OptimizerConfig, ScheduleConfig
 from pretrain.preflight.config import DoctorOptions
+from pretrain.tasks.config import EvaluateOptions
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -138,7 +138,7 @@ class RunFolderConfig:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
-    """Held-out loss of a trained run at several depths."""
+    """Held-out loss, or scores on tasks, of a trained run at several depths."""
 
     run: RunFolderConfig
     evaluate: EvaluateOptions
