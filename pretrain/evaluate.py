@@ -25,7 +25,7 @@ from pretrain.tasks.config import EvaluateOptions
 from pretrain.tasks.likelihood import Subject
 from pretrain.tasks.measure import check_options, measure
 from pretrain.tasks.records import Task, read_task
-from pretrain.tasks.report import plot, table, write
+from pretrain.tasks.report import plot, show, write
 from pretrain.tasks.scores import Outcome
 
 log = logging.getLogger(__name__)
@@ -86,8 +86,7 @@ def _measure_tasks(
             write(folder, outcomes[-1], trained.step)
     if world.is_main:
         title = f"{run_dir.name} at step {trained.step}"
-        console = Console()
-        console.print(table(outcomes, title))
+        show(outcomes, title)
         _warn_of_cut(outcomes)
         picture = plot(folder / "score-by-depth.png", outcomes, title)
         print(f"written: {folder}\nplot:    {picture}")

@@ -28,32 +28,37 @@ def normalize(answer: str) -> str:
     text = text.replace("\u2212", "-").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
     text = _UNIT.sub("", text)
     for silent in _SILENT:
-        # a command that goes on is another: \leftarrow
+        # a command that goes on is another (\leftarrow), and so is one behind a line break (\\)
         end = r"(?![A-Za-z])" if silent[-1].isalpha() else ""
-        text = re.sub(re.escape(silent) + end, "", text)
+        text = re.sub(r"(?<!\\)" + re.escape(silent) + end, "", text)
     text = _TEXT.sub(r"\1", text)
     text = _LETTER.sub("", text.strip())
     text = _number(text) or _braced(text)
     text = re.sub(r"\s+", "", text)
     if match := re.fullmatch(r"(-?)\\frac\{(-?\d+)\}\{(-?\d+)\}", text):
         return _number(f"{match[1]}1/1", times=(int(match[2]), int(match[3]))) or text
-    return (_number(text) or text).lower()
+    if number := _number(text):
+        return number
+    # words are words in any case; a letter of a formula is not its capital
+    return text.lower() if re.fullmatch(r"\(?[A-Za-z]{2,}\)?|\([A-Za-z]\)", text) else text
 
 
 def find_answer(text: str, answer: str, *, at_once: bool = False) -> str:
     """The final answer within what the model wrote; "" if there is none.
 
-    In this order: the last \\boxed{}; what follows the last `####`, `Answer:` or `answer is`; where
-    the known answer is a number, the last number, or with `at_once` (the answer follows
-    immediately) the first of the first line; else the first line.
+    In this order: the last \\boxed{}; what follows the last `####`, `Answer:` or `answer is`, of
+    that the first number if the known answer is written as one, else the first $...$ if any; for
+    such a known answer the last number, or with `at_once` (the answer follows immediately) the
+    first of the first line; else the first line.
     """
     if (boxed := _boxed(text)) is not None:
         return boxed
     marked = _MARKERS.findall(text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     place = marked[-1].strip() if marked else (lines[0] if lines else "")
-    if _number(normalize(answer)) is None:
-        return place
+    if not _FOUND_NUMBER.fullmatch(answer.strip()):
+        formula = re.search(r"\$([^$]+)\$", place)
+        return formula[1] if formula else place
     if marked or at_once:
         numbers = _FOUND_NUMBER.findall(place)
         return numbers[0] if numbers else place

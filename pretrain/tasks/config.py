@@ -49,7 +49,7 @@ class EvaluateOptions:
     generate_rows: int = 16
     """Answers that are written side by side on one rank."""
     exit: Exit = Exit.none
-    """What ends a token's iterations before the depth, where text is written."""
+    """What ends a token's iterations before the depth, where text is written at depths above 1."""
     exit_threshold: float | None = None
     """Exit below it (argmax_stability: from it on); null: the published default."""
     run_code: bool = False

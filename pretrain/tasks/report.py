@@ -7,20 +7,27 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+from rich.console import Console
 from rich.table import Table
 
 from pretrain.tasks.records import Kind
 from pretrain.tasks.scores import Outcome, Score
 
+_WIDEST = 1_000
 
-def table(outcomes: Sequence[Outcome], title: str) -> Table:
-    """Every measure of every task in a row, a column for each depth."""
-    depths = outcomes[0].depths
-    found = Table("task", "items", "measure", *(f"r={depth}" for depth in depths), title=title)
+
+def show(outcomes: Sequence[Outcome], title: str) -> None:
+    """Print every measure of every task in a row, a column for each depth."""
+    found = Table(title=title)
+    for name in ("task", "items", "measure", *(f"r={depth}" for depth in outcomes[0].depths)):
+        found.add_column(name, no_wrap=True)
     for outcome in outcomes:
         for name, scores in outcome.scores.items():
             found.add_row(outcome.name, str(len(outcome.items)), name, *map(_cell, scores))
-    return found
+    console = Console()
+    # numbers are never shortened: a line that is too long for the terminal is a smaller evil
+    wanted = Console(width=_WIDEST).measure(found).maximum
+    Console(width=max(console.width, wanted)).print(found)
 
 
 def write(folder: Path, outcome: Outcome, step: int) -> None:
@@ -41,7 +48,7 @@ def plot(path: Path, outcomes: Sequence[Outcome], title: str) -> Path:
         for group, label in ((by_share, "share of items that are right"), (by_nats, "nats / token"))
         if group
     ]
-    figure = Figure(figsize=(7.5, 4.2 * len(groups)), layout="constrained")
+    figure = Figure(figsize=(8.5, 4.2 * len(groups)), layout="constrained")
     figure.suptitle(title, fontsize=11)
     for at, (group, label) in enumerate(groups):
         axes = figure.add_subplot(len(groups), 1, at + 1)
@@ -54,11 +61,11 @@ def plot(path: Path, outcomes: Sequence[Outcome], title: str) -> Path:
 
 
 def _draw(axes: Axes, outcome: Outcome) -> None:
-    scores = outcome.scores[outcome.measure]
+    scores = sorted(zip(outcome.depths, outcome.scores[outcome.measure], strict=True))
     axes.errorbar(
-        outcome.depths,
-        [score.value for score in scores],
-        yerr=[score.error or 0.0 for score in scores],
+        [depth for depth, _ in scores],
+        [score.value for _, score in scores],
+        yerr=[score.error or 0.0 for _, score in scores],
         marker="o",
         markersize=4,
         linewidth=1.5,
@@ -75,7 +82,7 @@ def _finish(axes: Axes, depths: Sequence[int]) -> None:
     axes.set_xlabel("depth (iterations of the core); bars: one standard error")
     axes.grid(color="#e4e7eb", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _cell(score: Score) -> str:
