@@ -36,7 +36,7 @@ COMMANDS = (
     Command("submit", "submit", "plan and freeze a run, and start it on a cluster or other hosts"),
     Command("sweep status", "sweep", "what each run of a submitted sweep is doing"),
     Command("sweep collect", "sweep", "the runs of a sweep by held-out loss, as a table and CSV"),
-    Command("evaluate", "evaluate", "held-out loss at several depths"),
+    Command("evaluate", "evaluate", "held-out loss, or scores on tasks, at several depths"),
     Command("generate", "generate", "continue a prompt"),
     Command("report", "report", "one run or several as a page: curves, depth, lives, states"),
     Command("top", "top", "watch a run in the terminal"),

@@ -9,7 +9,6 @@ from pretrain.errors import ConfigError
 from pretrain.jobs.config import ClusterConfig, SubmitOptions, SweepOptions
 from pretrain.loop.config import (
     BatchConfig,
-    EvaluateOptions,
     GenerateOptions,
     LoggingConfig,
     RunConfig,
@@ -20,6 +19,7 @@ from pretrain.model.config import ComputePath, DepthConfig, ModelConfig, Product
 from pretrain.optim.config import OptimizerConfig, ScheduleConfig
 from pretrain.preflight.config import DoctorOptions
 from pretrain.reporting.config import ReportOptions, TopOptions
+from pretrain.tasks.config import EvaluateOptions
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -149,7 +149,7 @@ class RunFolderConfig:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
-    """Held-out loss of a trained run at several depths."""
+    """Held-out loss, or scores on tasks, of a trained run at several depths."""
 
     run: RunFolderConfig
     evaluate: EvaluateOptions

@@ -1,9 +1,10 @@
-"""The command `pretrain evaluate`: held-out loss of a run at several depths, in one pass."""
+"""The command `pretrain evaluate`: a run at several depths, by its held-out loss or on tasks."""
 
 import dataclasses
 import json
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,19 @@ from rich.table import Table
 from pretrain.compose import thaw
 from pretrain.config import EvaluateConfig
 from pretrain.data.loader import open_manifest, valid_rows
+from pretrain.data.tokenizer import Tokenizer
 from pretrain.engine.config import Device
-from pretrain.engine.world import join, leave
+from pretrain.engine.world import World, join, leave
 from pretrain.loop.plots import plot_depth_curve
-from pretrain.loop.state import check_same_data
-from pretrain.loop.trained import load_trained
+from pretrain.loop.state import check_same_data, check_same_tokenizer
+from pretrain.loop.trained import Trained, load_trained
 from pretrain.loop.validation import validate
+from pretrain.tasks.config import EvaluateOptions
+from pretrain.tasks.likelihood import Subject
+from pretrain.tasks.measure import check_options, measure
+from pretrain.tasks.records import Task, read_task
+from pretrain.tasks.report import plot, show, write
+from pretrain.tasks.scores import Outcome
 
 log = logging.getLogger(__name__)
 
@@ -26,19 +34,73 @@ log = logging.getLogger(__name__)
 def main(config: EvaluateConfig) -> None:
     """Print the table, and write it and its plot into <run.dir>/evaluation.
 
-    Under torchrun or srun the rows are shared among the ranks; the result is the same.
+    Under torchrun or srun the rows, or the items of tasks, are shared among the ranks; the result
+    is the same.
     """
-    run_dir = Path(config.run.dir)
+    run_dir, options = Path(config.run.dir), config.evaluate
+    tasks = [read_task(path, options.items) for path in options.tasks]
+    check_options(tasks, options)
     # where the run was trained says nothing about where it is evaluated
     world = join(dataclasses.replace(thaw(run_dir).engine, device=Device.auto))
     trained = load_trained(run_dir, world.device)
+    if tasks:
+        _measure_tasks(run_dir, trained, world, tasks, options)
+    else:
+        _measure_held_out(run_dir, trained, world, options)
+    leave(world)
+
+
+def _measure_held_out(
+    run_dir: Path, trained: Trained, world: World, options: EvaluateOptions
+) -> None:
     data = trained.config.data
     check_same_data(trained.state, open_manifest(data).fingerprint, data.shards)
-    held_out = valid_rows(data, rows=config.evaluate.rows, rank=world.rank, ranks=world.size)
-    result = validate(trained.model, trained.config, world, held_out, depths=config.evaluate.depths)
+    held_out = valid_rows(data, rows=options.rows, rank=world.rank, ranks=world.size)
+    result = validate(trained.model, trained.config, world, held_out, depths=options.depths)
     if world.is_main:
         _report(run_dir, trained.step, result)
-    leave(world)
+
+
+def _measure_tasks(
+    run_dir: Path,
+    trained: Trained,
+    world: World,
+    tasks: Sequence[Task],
+    options: EvaluateOptions,
+) -> None:
+    tokenizer = Tokenizer.load(trained.config.tokenizer.path)
+    check_same_tokenizer(trained.state, tokenizer.sha256, trained.config.tokenizer.path)
+    subject = Subject(
+        model=trained.model,
+        tokenizer=tokenizer,
+        world=world,
+        depths=tuple(options.depths),
+        batch_tokens=trained.config.batch.micro_rows * trained.config.model.context,
+    )
+    folder = run_dir / "evaluation" / f"step-{trained.step:010d}"
+    outcomes = []
+    for task in tasks:
+        outcomes.append(measure(subject, task, options))
+        # a later task may fail: what is done stays
+        if world.is_main:
+            write(folder, outcomes[-1], trained.step)
+    if world.is_main:
+        title = f"{run_dir.name} at step {trained.step}"
+        show(outcomes, title)
+        _warn_of_cut(outcomes)
+        picture = plot(folder / "score-by-depth.png", outcomes, title)
+        print(f"written: {folder}\nplot:    {picture}")
+
+
+def _warn_of_cut(outcomes: Sequence[Outcome]) -> None:
+    for outcome in outcomes:
+        if count := outcome.summary()["items_cut"]:
+            log.warning(
+                "%s: %d of %d items do not fit into the context; their beginnings were left out",
+                outcome.name,
+                count,
+                len(outcome.items),
+            )
 
 
 def _report(run_dir: Path, step: int, result: dict[str, Any]) -> None:

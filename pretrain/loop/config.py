@@ -164,23 +164,6 @@ class ValidationConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class EvaluateOptions:
-    """What `pretrain evaluate` measures."""
-
-    depths: list[int]
-    """Depths to measure, all in one pass."""
-    rows: int
-    """Rows of the valid split to use."""
-
-    def __post_init__(self) -> None:
-        if not self.depths or min(self.depths) < 1 or self.rows < 1:
-            raise ConfigError(
-                f"evaluate.depths={self.depths} must name depths of 1 or more, and "
-                f"evaluate.rows={self.rows} must be at least 1."
-            )
-
-
-@dataclass(kw_only=True, slots=True)
 class GenerateOptions:
     """How `pretrain generate` continues a prompt."""
 

@@ -40,12 +40,17 @@ def generate(
 
 
 def generate_rows(
-    model: RecurrentModel, prompts: Sequence[Sequence[int]], options: Decoding
+    model: RecurrentModel,
+    prompts: Sequence[Sequence[int]],
+    options: Decoding,
+    *,
+    numbers: Sequence[int] | None = None,
 ) -> Iterator[list[Chosen | None]]:
     """The next token of every row, step by step; None for rows that have met a stop id.
 
-    Prompts may differ in length. Raises ConfigError if one is empty, or leaves the context or the
-    vocabulary.
+    Prompts may differ in length. `numbers` key the draws of the rows, in place of their place in
+    the batch: equal ones start alike. Raises ConfigError if a prompt is empty, or leaves the
+    context or the vocabulary.
     """
     check_prompts(model, prompts, options.max_new_tokens)
     if options.draft_steps is not None:
@@ -54,7 +59,7 @@ def generate_rows(
         )
     longest = max(map(len, prompts))
     capacity = longest + options.max_new_tokens - 1
-    decoder = Decoder(model, options, rows=len(prompts), capacity=capacity)
+    decoder = Decoder(model, options, rows=len(prompts), capacity=capacity, numbers=numbers)
     return _steps(decoder, prompts)
 
 
@@ -79,7 +84,8 @@ def _steps(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> Iterator[list[
     depths = (options.num_steps, *options.schedule)
     logits_BV = read_prompts(decoder, prompts)
     for index in range(1, options.max_new_tokens + 1):
-        chosen_B = choose(logits_BV, options, rows=decoder.rows, positions=decoder.cache.lengths)
+        lengths = decoder.cache.lengths
+        chosen_B = choose(logits_BV, options, rows=decoder.numbers, positions=lengths)
         chosen: list[int] = chosen_B.tolist()
         step: list[Chosen | None] = [None] * len(prompts)
         for row, token, steps in zip(decoder.rows, chosen, decoder.steps, strict=True):

@@ -84,9 +84,11 @@ class Decoder:
         rows: int,
         capacity: int,
         is_graphed: bool | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> None:
         """`capacity`: tokens of the longest row. On a GPU, what follows the prompts runs in CUDA
-        graphs, unless `is_graphed` is False.
+        graphs, unless `is_graphed` is False. `numbers` key the draws of the rows; None: their
+        place in the batch.
         """
         self.model = model
         self.options = options
@@ -95,6 +97,7 @@ class Decoder:
         """The row of the batch that stands at each place."""
         self.steps = [0] * rows
         """Iterations that the last token read has got, by place."""
+        self._numbers = self.rows if numbers is None else list(numbers)
         self.cache = KeyValueCache(
             model.config,
             rows=rows,
@@ -161,9 +164,14 @@ class Decoder:
             self._latent_B1D = self._latent_B1D[order]
         return order
 
+    @property
+    def numbers(self) -> list[int]:
+        """What keys the draws of the row at each place."""
+        return [self._numbers[row] for row in self.rows]
+
     def _state_keys(self) -> Keys:
         return state_keys(
-            self.rows,
+            self.numbers,
             seed=self.options.seed,
             context=self.cache.capacity,
             width=self.model.config.width,

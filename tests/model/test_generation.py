@@ -252,3 +252,12 @@ def test_bad_options_are_refused_before_anything_runs(make_model, changes, messa
     prompts = options.pop("prompts")
     with pytest.raises(ConfigError, match=message):
         generate_rows(make_model(), prompts, Decoding(**options))
+
+
+def test_rows_of_one_number_draw_alike(make_model):
+    model, prompt = make_model(), PROMPTS[0]
+    options = Decoding(num_steps=2, max_new_tokens=6, temperature=1.0, seed=3)
+    alike = collect(generate_rows(model, [prompt] * 3, options, numbers=[5, 0, 5]))
+    assert alike[0] == alike[2]
+    assert alike[0] != alike[1]
+    assert alike[1] == [chosen.token for chosen in generate(model, prompt, options)]

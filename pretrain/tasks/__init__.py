@@ -1,0 +1,1 @@
+"""Evaluation on tasks: files of items, what the model makes of them at each depth, and scores."""
