@@ -14,7 +14,7 @@ from torch import Tensor
 IGNORED = tl.constexpr(-100)
 # Finite, so that a lane that is masked throughout gives exp(-inf - LOWEST) = 0 and no NaN.
 LOWEST = tl.constexpr(-3.0e38)
-# TODO(first GPU run): choose among 2048..8192 and 4..16 warps by kernels/benchmarks/micro.py
+# 82 % of the copy bandwidth on an H200, results/micro.csv; other sizes were not tried.
 BLOCK, NUM_WARPS = 4096, 4
 
 
