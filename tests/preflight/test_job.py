@@ -28,7 +28,8 @@ def test_two_ranks_probe_their_job_and_rank_0_says_what_it_found(workspace, tmp_
         assert f"ok      {subject} " in first
     assert "ZeRO-2 bf16 on 2 ranks" in first
     assert "These 2 ranks can train" in first
-    assert second == ""
+    # but for its log, another rank is silent
+    assert [line for line in second.splitlines() if not line.startswith("INFO ")] == []
     print(f"{time.monotonic() - begin:.1f} s")
 
 

@@ -53,7 +53,9 @@ def test_the_core_takes_embedded_tokens_of_any_strides():
     results = []
     for model in (plain, fused):
         leaf = embedded.clone().requires_grad_()
-        last, _ = model.core(leaf.transpose(0, 1), start, depths=[Depth(1, 2)] * 2, layout=layout())
+        last, *_ = model.core(
+            leaf.transpose(0, 1), start, depths=[Depth(1, 2)] * 2, layout=layout()
+        )
         # a gradient of other strides, too
         last.transpose(0, 1).square().sum().backward()
         assert leaf.grad is not None
