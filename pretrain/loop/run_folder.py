@@ -9,7 +9,8 @@ rewinds.jsonl         which rows were passed over after loss spikes
 stalls.jsonl          who held up the others when a life stood still
 control/              touch stop, save or pause in it to ask for that
 checkpoints/          whole checkpoints, `latest`, tags/ that keep some, damaged/ set aside
-logs/rank-00000.log   one log per rank, appended to by every life; .stacks: after a stall
+logs/rank-00000.log   one log per rank, appended to by every life; after a stall .stacks, and
+                      .flight.json: its last collectives
 plots/                pictures of the record
 evaluation/           what `pretrain evaluate` found
 replay/               what `pretrain replay` found

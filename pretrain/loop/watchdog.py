@@ -26,6 +26,7 @@ from torch._C._distributed_c10d import TCPStore
 from pretrain.engine.world import World, exit_now
 from pretrain.errors import EXIT_STALLED
 from pretrain.loop.exit_record import note_exit
+from pretrain.loop.flight_recorder import flight_record
 
 log = logging.getLogger(__name__)
 
@@ -199,7 +200,7 @@ class Watchdog:
         )
 
     def _end(self, verdict: str) -> None:
-        """Leave the verdict and all stacks in the run folder, and end the process."""
+        """Leave the verdict, all stacks and the last collectives, and end the process."""
         pause_s = _MISSED_BEATS * self._interval_s
         last = threading.Timer(
             min(_LAST_WORDS_S, self._limit_s) + pause_s, os._exit, [EXIT_STALLED]
@@ -222,6 +223,8 @@ class Watchdog:
             path = self._run_dir / "logs" / f"rank-{self._world.rank:05d}.stacks"
             with path.open("a", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
+            if record := flight_record():
+                path.with_suffix(".flight.json").write_bytes(record)
             self._at_end()
         except OSError as error:
             log.error("the stacks could not be written: %s", error)

@@ -1,5 +1,6 @@
 """Ranks that stand still are named, and the job ends so that it can be started again."""
 
+import json
 import os
 import signal
 import time
@@ -38,6 +39,8 @@ def test_a_rank_that_is_stopped_is_named_and_the_others_end(
         assert "silent" in said
         stacks = life.run_dir / f"logs/rank-{2:05d}.stacks"
         assert "pretrain/train.py" in stacks.read_text()
+        last = json.loads(stacks.with_suffix(".flight.json").read_text())["entries"]
+        assert any("all_reduce" in entry["profiling_name"] for entry in last)
     run_dir = finish(workspace, name, ranks=3)
     check_same(run_dir, whole(3))
 
