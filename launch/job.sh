@@ -4,6 +4,8 @@
 # queues itself again. Batch scripts end in `exec launch/job.sh ...`, in the project's root.
 #
 # PRETRAIN_PREFLIGHT      1: check every node first and leave out those that fail; 0: do not
+# PRETRAIN_PROBE          1: then let all ranks together measure their links and compare the engine's
+#                         setting with a plain process (doctor.scope=job); 0: do not (smoke.sbatch does)
 # PRETRAIN_MAX_RESUBMITS  how often a job leaves nodes out before it gives up (3)
 # PRETRAIN_MAX_REQUEUES   how often it queues itself again before it gives up (100)
 # PRETRAIN_TASKS_PER_NODE ranks on a node, if sbatch was given no --ntasks-per-node (its GPUs)
@@ -164,6 +166,19 @@ exclude() {
     exit 0
 }
 
+# What only all ranks together can find: a slow or broken link, an engine that trains wrong here.
+probe() {
+    local code=0
+    say "probes its $((nodes * tasks)) ranks together, see $logs/probe-$restart-0.log"
+    srun --nodes="$nodes" --ntasks="$((nodes * tasks))" --ntasks-per-node="$tasks" \
+        --kill-on-bad-exit=1 --wait=60 --output="$logs/probe-$restart-%t.log" \
+        "${container[@]+"${container[@]}"}" launch/node.sh doctor doctor.scope=job "$@" || code=$?
+    ((code == 0)) || {
+        obey
+        fail "$code" "the ranks fail their probe, see $logs/probe-$restart-0.log"
+    }
+}
+
 start_ranks() {
     export PRETRAIN_REQUEUE_RECORD=$PWD/$logs/requeue.json
     export PRETRAIN_RUN_RECORD=$PWD/$logs/run
@@ -246,6 +261,7 @@ if [[ ${PRETRAIN_PREFLIGHT:-1} != 0 ]]; then
     preflight "$@"
     [[ -z $is_told_to_end ]] || obey
 fi
+[[ ${PRETRAIN_PROBE:-0} == 0 ]] || probe "$@"
 code=0
 start_ranks "$@" || code=$?
 decide "$code"

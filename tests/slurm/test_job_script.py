@@ -82,6 +82,11 @@ BAD_NODE = NodeReport(
     ],
     measurements=Measurements(),
 )
+FAILS_ITS_PROBE = """
+# the words before are those that start the module
+case "$*" in *doctor.scope=job*) echo "rank 1 trains wrong"; exit 64 ;; esac
+echo "has trained"
+"""
 SHOWS_ITS_WORDS = """
 for word in "$@"; do printf '[%s]' "$word"; done
 echo "inside: $INSIDE"
@@ -112,6 +117,9 @@ CASES = {
     "bad-nodes": Case(TWO_BAD_NODES, TWO_NODES, ("run.name=first",), ()),
     "bad-cluster": Case(A_NODE_IS_ALWAYS_BAD, TWO_NODES, environment=("PRETRAIN_MAX_RESUBMITS=1",)),
     "bad-job": Case(EVERY_NODE_IS_BAD, TWO_NODES, environment=()),
+    "bad-probe": Case(
+        FAILS_ITS_PROBE, TWO_NODES, environment=("PRETRAIN_PREFLIGHT=0", "PRETRAIN_PROBE=1")
+    ),
     "bad-preflight": Case(CRASHES_AT_ONCE, environment=()),
     "container": Case(SHOWS_ITS_WORDS, arguments=("run.name=two words", "a='$(id);*'")),
 }
@@ -234,6 +242,14 @@ def test_leaving_nodes_out_has_an_end(ended):
     job = ended("bad-cluster")
     assert job.code_and_restarts == ("1:0", "1"), job.log
     assert "PRETRAIN_MAX_RESUBMITS=1" in job.log
+
+
+def test_ranks_that_fail_their_probe_do_not_train(ended) -> None:
+    job = ended("bad-probe")
+    assert job.code_and_restarts == ("64:0", "0"), job.log
+    assert "the ranks fail their probe" in job.log
+    assert "rank 1 trains wrong" in job.log
+    assert "has trained" not in job.log
 
 
 def test_a_preflight_that_cannot_run_blames_no_node(ended):

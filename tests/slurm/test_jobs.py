@@ -100,6 +100,7 @@ def test_smoke_goes_from_text_to_held_out_loss_on_two_nodes(smoke_job, project):
     ]
     (evaluation,) = (run_dir / "evaluation").glob("*.json")
     assert json.loads(evaluation.read_text())["step"] == 6
+    assert "These 2 ranks can train" in project.log(smoke_job[0])
 
 
 @pytest.mark.slow
