@@ -2,15 +2,20 @@
 
 import csv
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from conftest import SMALL as SMALL_RUN
+from pretrain.compose import load
+from pretrain.model.depth import Depth, step_depths
 from pretrain.testing import load_module
 
 BENCHMARKS = Path(__file__).parent.parent / "kernels/benchmarks"
@@ -103,6 +108,92 @@ class TestMicro:
         )  # fmt: skip
         assert done.returncode == 3
         assert "needs a CUDA GPU" in done.stderr
+
+
+class TestEngine:
+    """Optimizer steps against bare passes, whose seconds are given here: a + b n + c k."""
+
+    A, B, C = 1e-3, 2e-4, 5e-4
+    OPTIONS = ("preset=tiny", "gpus=2", "zero=2", "accumulation=2", "path=fused", "seconds=0")
+    OVERRIDES = tuple(word for word in SMALL_RUN if word.startswith(("data", "model.", "depth.")))
+
+    @pytest.fixture
+    def engine(self, monkeypatch):
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        return load_module(BENCHMARKS / "engine.py")
+
+    def write_bare(self, folder: Path, depths) -> None:
+        row = {
+            "preset": "tiny", "path": "fused", "precision": "bf16", "rows": 1, "gpus": 1, "zero": 0,
+            "accumulation": 1, "gpu": "cpu", "kept_iterations": "",
+        }  # fmt: skip
+        with (BENCHMARKS / "results/step.csv").open() as file:
+            columns = next(csv.reader(file))
+        with (folder / "step.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            for n, k in depths:
+                rate = repr(32 / (self.A + self.B * n + self.C * k))
+                about = {"no_grad": n, "with_grad": k, "tokens_per_s_per_gpu": rate}
+                writer.writerow(row | about)
+
+    def run(self, workspace: Path, *words: str):
+        return subprocess.run(
+            [sys.executable, BENCHMARKS / "engine.py", *self.OPTIONS, *self.OVERRIDES, *words],
+            cwd=workspace, capture_output=True, text=True, check=False, timeout=600,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    def test_two_ranks_train_and_are_held_against_bare_passes(self, workspace, tmp_path):
+        self.write_bare(tmp_path, [(0, 2), (4, 2), (2, 1)])
+        done = self.run(workspace, f"results={tmp_path}", f"runs={tmp_path}/runs")
+        assert done.returncode == 0, done.stdout + done.stderr
+        with (tmp_path / "engine.csv").open() as file:
+            (row,) = csv.DictReader(file)
+        assert (row["gpus"], row["zero"], row["accumulation"]) == ("2", "2", "2")
+        (run_dir,) = (path for path in (tmp_path / "runs").iterdir() if path.is_dir())
+        lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+        steps = [line for line in lines if line.get("step", 0) > 2][: int(row["steps"])]
+        config = load("train", list(self.OVERRIDES), resumes=False)
+        even = wait = 0.0
+        for step in steps:
+            assert step["data/rows"] == 4
+            depths = step_depths(config.depth, seed=0, first_row=step["data/first_row"], rows=4)
+            costs = [self.A + self.B * d.no_grad + self.C * d.with_grad for d in depths]
+            even += sum(costs) / 2
+            first, second = sorted(costs[:2]), sorted(costs[2:])
+            wait += sum(map(max, first, second))
+        seconds = sum(step["speed/step_s"] for step in steps)
+        assert float(row["share_of_bare"]) == pytest.approx(even / seconds, abs=1e-4)
+        assert float(row["share_less_wait"]) == pytest.approx(wait / seconds, abs=1e-4)
+        assert float(row["fit_c_s"]) == pytest.approx(self.C, abs=1e-5)
+        with (tmp_path / "step.csv").open() as file:
+            assert list(csv.DictReader(file))[-1]["zero"] == "2"
+
+    def test_too_few_bare_passes_are_named_before_anything_runs(self, workspace, tmp_path):
+        self.write_bare(tmp_path, [(0, 2), (4, 2)])
+        done = self.run(workspace, f"results={tmp_path}", f"runs={tmp_path}/runs")
+        assert done.returncode == 1
+        assert "has 2 depths with preset=tiny, path=fused, precision=bf16" in done.stderr
+        assert not list((tmp_path / "runs").iterdir())
+
+    def test_ranks_wait_once_a_step_or_at_every_micro_step(self, engine):
+        bare = engine.BarePass(np.array([0.0, 1.0, 0.0]), 0.0)
+        depths = [Depth(n, 1) for n in (1, 9, 6, 5)]
+        assert bare.of_step(depths, gpus=2, zero=1) == (10.5, 11.0)
+        assert bare.of_step(depths, gpus=2, zero=2) == (10.5, 9.0 + 5.0)
+
+    def test_only_a_row_alike_on_one_gpu_is_compared(self, engine, tmp_path):
+        row = {
+            "scope": "step", "path": "fused", "precision": "bf16", "accumulation": 4,
+            "kept_iterations": "", "gpu": "x", "gpus": 1, "share_of_bare": 0.9,
+        }  # fmt: skip
+        two = row | {"gpus": 2, "share_of_bare": 0.882}
+        table = tmp_path / "engine.csv"
+        assert engine.against_one_gpu(table, two) is None
+        for other in (row, row | {"scope": "row", "share_of_bare": 0.5}, two):
+            engine.append(table, other)
+        assert engine.against_one_gpu(table, two) == 0.98
 
 
 def test_the_page_of_kernels_says_what_was_measured():

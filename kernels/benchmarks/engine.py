@@ -1,20 +1,25 @@
 """Whole optimizer steps of `pretrain train` against bare forward and backward passes.
 
     python kernels/benchmarks/step.py paths=fused rows=1 depths=8/8,56/8,24/4 parity=0
-    python kernels/benchmarks/engine.py gpus=1 zero=1 accumulation=1,8 data=files data.root=... ...
+    python kernels/benchmarks/engine.py gpus=2 zero=1,2 accumulation=4 scope=step,row \
+        data=files data.root=... ...
 
 A bare pass of a row takes a + b n + c k seconds, fitted to the rows of results/step.csv of this
-machine. The share is what the realised depths of the timed steps would take by that, on ranks that
+card. share_of_bare is what the realised depths of the timed steps would take by that, on ranks that
 do not wait for each other, over what they took: engine, optimizer, data and waiting cost the rest.
-The wait that the deal of these very steps implies is given beside it. Rows go to results/step.csv
-and results/engine.csv; all words with a dot or a group are overrides of the run.
+share_less_wait allows for the wait that the deal of these very steps implies: at the end of a step
+under stage 1, at every micro-step under 2 and 3. Rows go to results/step.csv and
+results/engine.csv; words that are no option are overrides of the run.
 """
 
 import csv
 import json
 import os
+import shutil
 import sys
-import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,53 +29,116 @@ import torch
 from pretrain.compose import load
 from pretrain.config import TrainConfig
 from pretrain.model.depth import Depth, step_depths
-from reliability import records, train
-from step import RESULTS, append
+from reliability import FOLDER, records, train
+from step import RESULTS, append, card
 
 WARM_STEPS = 2
+OPTIONS = {
+    "preset": "huginn-3.5b", "gpus": "1", "zero": "1", "accumulation": "1,8", "path": "fused",
+    "scope": "row", "precision": "same", "seconds": "25", "results": str(RESULTS),
+    "runs": str(FOLDER),
+}  # fmt: skip
+# by the name of the option: the name in step.csv, and what asks for it
+PRECISIONS = {
+    "same": ("bf16", []),
+    "fp8": ("fp8-prefix", ["model.no_grad_precision=fp8"]),
+    "fp8-all": ("fp8", ["model.no_grad_precision=fp8", "model.grad_precision=fp8"]),
+}
 
 
-def main() -> None:
-    """Every combination of stage and accumulation."""
-    options = {
-        "gpus": "1", "zero": "1", "accumulation": "1,8", "path": "fused", "scope": "row",
-        "seconds": "25", "precision": "same",
-    }  # fmt: skip
-    overrides = []
-    for word in sys.argv[1:]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """One combination of the options, and the overrides of its run."""
+
+    gpus: int
+    zero: int
+    accumulation: int
+    scope: str
+    path: str
+    precision: str
+    """As in step.csv."""
+    overrides: list[str]
+
+    @property
+    def name(self) -> str:
+        """Of the folder of its run."""
+        return "-".join(
+            ["engine", self.path, self.precision, f"{self.gpus}-zero{self.zero}",
+             f"{self.accumulation}-{self.scope}"]
+        )  # fmt: skip
+
+
+def main(words: list[str]) -> None:
+    """Run, time and report every combination of stage, accumulation and scope."""
+    options, overrides = dict(OPTIONS), []
+    for word in words:
         key, _, value = word.partition("=")
         if key in options:
             options[key] = value
         else:
             overrides.append(word)
-    gpus = int(options["gpus"])
-    for stage in options["zero"].split(","):
-        for accumulation in map(int, options["accumulation"].split(",")):
-            setting = [
-                "experiment=huginn-3.5b", f"engine=zero{stage}-bf16",
-                f"model.path={options['path']}", f"model.no_grad_precision={options['precision']}",
-                f"batch.global_tokens={4096 * gpus * accumulation}", "batch.micro_rows=1",
-                f"depth.scope={options['scope']}", "schedule.warmup_tokens=0", "run.tokens=null",
-                "run.steps=4000", "checkpoint.every_steps=100000", "validation.every_steps=100000",
-                f"validation.rows={gpus}", "validation.depths=[1]", *overrides,
-            ]  # fmt: skip
-            name = f"engine-{gpus}-zero{stage}-{accumulation}-{options['scope']}"
-            enough = Enough(float(options["seconds"]))
-            run_dir = train(name, setting, gpus=gpus, until=enough)
-            config = load("train", setting, resumes=False)
-            report(config, records(run_dir), options, gpus, int(stage), accumulation)
+    if options["precision"] not in PRECISIONS:
+        raise SystemExit(f"precision={options['precision']} is none of {', '.join(PRECISIONS)}.")
+    results, runs = Path(options["results"]), Path(options["runs"]).absolute()
+    runs.mkdir(parents=True, exist_ok=True)
+    for setting in settings(options, overrides):
+        config = load("train", setting.overrides, resumes=False)
+        if config.batch.micro_rows != 1:
+            raise SystemExit("A bare pass is fitted to one row; leave batch.micro_rows=1.")
+        # before the run, because a table that lacks rows is cheaper to find out now
+        bare = BarePass.read(results / "step.csv", setting, config)
+        enough = Enough(float(options["seconds"]))
+        shutil.rmtree(runs / setting.name, ignore_errors=True)
+        run_dir = train(
+            setting.name, setting.overrides, gpus=setting.gpus, until=enough, folder=runs
+        )
+        taken = timed(records(run_dir))
+        if len(taken) < enough.steps:
+            raise SystemExit(
+                f"{setting.name} ended after {len(taken)} timed steps of the {enough.steps} that "
+                f"are the least; {runs / setting.name}.log says why."
+            )
+        report(setting, config, bare, taken, results)
+
+
+def settings(options: dict[str, str], overrides: list[str]) -> Iterator[Setting]:
+    """Every combination that is asked for."""
+    preset = [] if options["preset"] == "tiny" else [f"experiment={options['preset']}"]
+    context = load("train", [*preset, *overrides], resumes=False).model.context
+    gpus, (precision, narrow) = int(options["gpus"]), PRECISIONS[options["precision"]]
+    for zero, accumulation, scope in product(
+        map(int, options["zero"].split(",")),
+        map(int, options["accumulation"].split(",")),
+        options["scope"].split(","),
+    ):
+        yield Setting(
+            gpus=gpus, zero=zero, accumulation=accumulation, scope=scope, path=options["path"],
+            precision=precision,
+            overrides=[
+                *preset, f"engine=zero{zero}-bf16", f"model.path={options['path']}", *narrow,
+                f"batch.global_tokens={context * gpus * accumulation}", "batch.micro_rows=1",
+                f"depth.scope={scope}", "schedule.warmup_tokens=0", "schedule.cooldown_tokens=0",
+                "run.tokens=null", "run.steps=4000", "checkpoint.every_steps=100000",
+                "validation.every_steps=100000", f"validation.rows={gpus}",
+                "validation.depths=[1]", *overrides,
+            ],
+        )  # fmt: skip
 
 
 class Enough:
     """Whether the timed steps of a run have lasted long enough."""
 
+    steps = 3
+    """The least that are timed."""
+
     def __init__(self, seconds: float) -> None:
-        self.seconds, self.started = seconds, time.monotonic()
+        self.seconds = seconds
 
     def __call__(self, run_dir: Path) -> bool:
         """Asked several times a second."""
         taken = timed(records(run_dir))
-        return sum(step["speed/step_s"] for step in taken) >= self.seconds and len(taken) > 2
+        lasted_s = sum(step["speed/step_s"] for step in taken)
+        return lasted_s >= self.seconds and len(taken) >= self.steps
 
 
 def timed(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -78,87 +146,121 @@ def timed(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [r for r in found if "loss/nats" in r and r["step"] > WARM_STEPS]
 
 
-def bare_seconds(path: str, precision: str, kept: int | None) -> tuple[np.ndarray, float]:
-    """(a, b, c) of a bare pass of one row on this card, and the largest relative residual."""
-    with (RESULTS / "step.csv").open() as file:
-        rows = [
-            row
-            for row in csv.DictReader(file)
-            if (row["path"], row["precision"], row["rows"], row["gpus"], row["zero"])
-            == (path, precision, "1", "1", "0")
-            and row["gpu"] == torch.cuda.get_device_name()
-            and row["kept_iterations"] == ("" if kept is None else str(kept))
-        ]
-    terms = np.array([[1, int(r["no_grad"]), int(r["with_grad"])] for r in rows], dtype=float)
-    seconds = np.array([4096 / float(r["tokens_per_s_per_gpu"]) for r in rows])
-    if np.linalg.matrix_rank(terms) < 3:
-        raise SystemExit(
-            f"results/step.csv has {len(rows)} rows of path={path}, precision={precision}, "
-            f"kept={kept} on this card, too few to fit a + b n + c k; run step.py with depths=."
-        )
-    fit, *_ = np.linalg.lstsq(terms, seconds, rcond=None)
-    residual = float(np.abs(terms @ fit / seconds - 1).max())
-    return fit, residual
+@dataclass(frozen=True, slots=True)
+class BarePass:
+    """Seconds of a forward and backward pass of one row without engine: a + b n + c k."""
+
+    fit: np.ndarray
+    residual: float
+    """The largest, relative."""
+
+    @staticmethod
+    def read(table: Path, setting: Setting, config: TrainConfig) -> "BarePass":
+        """Fitted to the newest row of each (n, k) that was measured on this card."""
+        kept = config.engine.model_kept_iterations
+        wanted = {
+            "preset": config.model.name, "path": setting.path, "precision": setting.precision,
+            "rows": "1", "gpus": "1", "zero": "0", "gpu": card(),
+            "kept_iterations": "" if kept is None else str(kept),
+        }  # fmt: skip
+        newest: dict[tuple[int, int], float] = {}
+        with table.open() as file:
+            for row in csv.DictReader(file):
+                if all(row[key] == value for key, value in wanted.items()):
+                    rate = float(row["tokens_per_s_per_gpu"])
+                    depth = int(row["no_grad"]), int(row["with_grad"])
+                    newest[depth] = config.model.context / rate
+        terms = np.array([[1, *depth] for depth in newest], dtype=float).reshape(-1, 3)
+        seconds = np.array(list(newest.values()))
+        if np.linalg.matrix_rank(terms) < 3:
+            asked = ", ".join(f"{key}={value}" for key, value in wanted.items())
+            raise SystemExit(
+                f"{table} has {len(newest)} depths with {asked}, too few to fit a + b n + c k; "
+                "run step.py with depths=8/8,56/8,24/4 first."
+            )
+        fit, *_ = np.linalg.lstsq(terms, seconds, rcond=None)
+        return BarePass(fit, float(np.abs(terms @ fit / seconds - 1).max()))
+
+    def of_step(self, depths: list[Depth], *, gpus: int, zero: int) -> tuple[float, float]:
+        """Seconds of a step on ranks with equal work, and on ranks that wait for each other.
+
+        A rank has its consecutive share of the rows, one a micro-step, the deepest first.
+        """
+        costs = np.array([self.fit @ (1, d.no_grad, d.with_grad) for d in depths])
+        by_rank = -np.sort(-costs.reshape(gpus, -1), axis=1)
+        waiting = by_rank.sum(1).max() if zero == 1 else by_rank.max(0).sum()
+        return float(costs.sum() / gpus), float(waiting)
 
 
 def report(
+    setting: Setting,
     config: TrainConfig,
-    found: list[dict[str, Any]],
-    options: dict[str, str],
-    gpus: int,
-    stage: int,
-    accumulation: int,
+    bare: BarePass,
+    taken: list[dict[str, Any]],
+    results: Path,
 ) -> None:
     """Print and keep what the steps took and would have taken bare."""
-    precision = "bf16" if options["precision"] == "same" else "fp8-prefix"
-    kept = config.engine.model_kept_iterations
-    fit, residual = bare_seconds(options["path"], precision, kept)
-    taken = timed(found)
     seconds = sum(step["speed/step_s"] for step in taken)
-    ideal = waiting = tokens = 0.0
+    even = waiting = 0.0
     for step in taken:
         depths = step_depths(
             config.depth, seed=config.run.seed, first_row=step["data/first_row"],
             rows=step["data/rows"],
         )  # fmt: skip
-        costs = np.array([fit @ (1, d.no_grad, d.with_grad) for d in depths]).reshape(gpus, -1)
-        ideal += costs.sum() / gpus
-        deepest_first = -np.sort(-costs, axis=1)
-        waiting += costs.sum(1).max() if stage == 1 else deepest_first.max(0).sum()
-        tokens += step["data/rows"] * 4096
+        step_even, step_waiting = bare.of_step(depths, gpus=setting.gpus, zero=setting.zero)
+        even, waiting = even + step_even, waiting + step_waiting
+    tokens = config.model.context * sum(step["data/rows"] for step in taken)
+    kept = config.engine.model_kept_iterations
     row = {
-        "scope": options["scope"], "path": options["path"], "precision": precision, "gpus": gpus,
-        "zero": stage, "accumulation": accumulation,
+        "scope": setting.scope, "path": setting.path, "precision": setting.precision,
+        "gpus": setting.gpus, "zero": setting.zero, "accumulation": setting.accumulation,
         "kept_iterations": "" if kept is None else kept,
         "steps": len(taken), "seconds": round(seconds, 2),
-        "tokens_per_s_per_gpu": round(tokens / seconds / gpus, 1),
-        "share_of_bare": round(ideal / seconds, 4), "share_less_wait": round(waiting / seconds, 4),
-        "fit_a_s": round(fit[0], 5), "fit_b_s": round(fit[1], 5), "fit_c_s": round(fit[2], 5),
-        "fit_residual": round(residual, 4), "peak_bytes": taken[-1]["memory/peak_bytes"],
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "tokens_per_s_per_gpu": round(tokens / seconds / setting.gpus, 1),
+        "share_of_bare": round(even / seconds, 4), "share_less_wait": round(waiting / seconds, 4),
+        "fit_a_s": round(bare.fit[0], 5), "fit_b_s": round(bare.fit[1], 5),
+        "fit_c_s": round(bare.fit[2], 5), "fit_residual": round(bare.residual, 4),
+        "peak_bytes": taken[-1].get("memory/peak_bytes", ""),
+        "gpu": card(), "torch": torch.__version__,
         "commit": os.environ.get("PRETRAIN_COMMIT", "unknown"),
     }  # fmt: skip
-    path = RESULTS / "engine.csv"
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
-    depth = Depth(config.depth.mean, config.depth.backprop)
-    append(RESULTS / "step.csv", {
-        "preset": config.model.name, "path": options["path"], "precision": precision,
-        "rows": config.batch.micro_rows, "gpus": gpus, "zero": stage, "accumulation": accumulation,
-        "tokens_per_s_per_gpu": row["tokens_per_s_per_gpu"], "sustained_s": row["seconds"],
-        "peak_bytes": row["peak_bytes"], "gpu": row["gpu"], "torch": row["torch"],
-        "commit": row["commit"], "no_grad": f"law, mean {depth.total}", "with_grad": "",
-        "kept_iterations": row["kept_iterations"], "first_second_tokens_per_s": "",
-        "model_tflops_per_s": round(
-            float(np.mean([s["speed/model_flops_per_s_per_rank"] for s in taken])) / 1e12, 1
-        ),
-    })  # fmt: skip
-    print(json.dumps(row), flush=True)
+    share_of_one = against_one_gpu(results / "engine.csv", row)
+    append(results / "engine.csv", row)
+    append(results / "step.csv", step_row(config, row, taken))
+    print(json.dumps(row | {"share_of_one_gpu": share_of_one}), flush=True)
+
+
+def against_one_gpu(table: Path, row: dict[str, Any]) -> float | None:
+    """The share of bare of this row over that of the newest row alike on one GPU, if there is one.
+
+    Shares and not tokens per second, because the realised depths of the two differ.
+    """
+    alike = ("scope", "path", "precision", "accumulation", "kept_iterations", "gpu")
+    share = None
+    if table.exists():
+        with table.open() as file:
+            for other in csv.DictReader(file):
+                if other["gpus"] == "1" and all(other[key] == str(row[key]) for key in alike):
+                    share = float(other["share_of_bare"])
+    return None if share is None else round(float(row["share_of_bare"]) / share, 4)
+
+
+def step_row(
+    config: TrainConfig, row: dict[str, Any], taken: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The same measurement in the columns of step.csv."""
+    flops = [step["speed/model_flops_per_s_per_rank"] for step in taken]
+    names = (
+        "path", "precision", "gpus", "zero", "accumulation", "tokens_per_s_per_gpu", "peak_bytes",
+        "gpu", "torch", "commit", "kept_iterations",
+    )  # fmt: skip
+    return {name: row[name] for name in names} | {
+        "preset": config.model.name, "rows": config.batch.micro_rows,
+        "sustained_s": row["seconds"], "no_grad": f"law, mean {config.depth.mean}",
+        "with_grad": "", "first_second_tokens_per_s": "",
+        "model_tflops_per_s": round(float(np.mean(flops)) / 1e12, 1),
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results" / "reliability.csv"
 COLUMNS = ("part", "what", "value", "unit", "gpus", "gpu", "torch", "commit")
 FOLDER = Path("out/reliability")
@@ -52,21 +53,30 @@ def report(part: str, what: str, value: Any, unit: str, gpus: int = 1) -> None:
 
 
 def train(
-    name: str, arguments: list[str], *, gpus: int = 1, until: Callable[[Path], bool] | None = None
+    name: str,
+    arguments: list[str],
+    *,
+    gpus: int = 1,
+    until: Callable[[Path], bool] | None = None,
+    folder: Path = FOLDER,
 ) -> Path:
-    """One life of a run, killed as soon as `until` holds; its folder."""
-    run_dir = FOLDER / name
+    """One life of a run, killed as soon as `until` holds; its folder. NAME.log beside it has what
+    it said. Relative paths mean what they mean here, on any number of GPUs.
+    """
+    run_dir = folder / name
     if until is not None and until(run_dir):
         print(f"{name}: is there already", flush=True)
         return run_dir
     command = [sys.executable, "-m", "pretrain", "train"]
     if gpus > 1:
         # not torchrun: its ranks are in sessions of their own, and outlive it for a while
-        command = ["launch/plain.sh", str(gpus)]
+        command = [str(ROOT / "launch/plain.sh"), str(gpus)]
     command += [*arguments, f"run.dir={run_dir}", "logging=quiet"]
-    environment = {**os.environ, "PRETRAIN_PYTHON": sys.executable}
+    environment = {
+        **os.environ, "PRETRAIN_PYTHON": sys.executable, "PRETRAIN_WORKDIR": str(Path.cwd()),
+    }  # fmt: skip
     started = time.monotonic()
-    with (FOLDER / f"{name}.log").open("ab") as log:
+    with (folder / f"{name}.log").open("ab") as log:
         process = subprocess.Popen(
             command, stdout=log, stderr=log, start_new_session=True, env=environment
         )

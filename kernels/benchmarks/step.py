@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,11 +30,6 @@ from step_parity import check_path, compare_prefix
 from step_profile import profile_step
 
 RESULTS = Path(__file__).parent / "results"
-COLUMNS = (
-    "preset", "path", "precision", "rows", "gpus", "zero", "accumulation",
-    "tokens_per_s_per_gpu", "sustained_s", "peak_bytes", "gpu", "torch", "commit",
-    "no_grad", "with_grad", "kept_iterations", "first_second_tokens_per_s", "model_tflops_per_s",
-)  # fmt: skip
 PRECISIONS = {"": "bf16", "fp8": "fp8-prefix", "fp8-all": "fp8"}
 PEAK_FLOPS = 989.4e12
 """Datasheet, dense bf16, of H100 SXM and H200."""
@@ -152,7 +148,7 @@ def measure(model: RecurrentModel, path: str, depth: Depth, rows: int, seconds: 
         "preset": config.name, "path": name, "precision": PRECISIONS[precision],
         "rows": rows, "gpus": 1, "zero": 0, "accumulation": 1,
         "tokens_per_s_per_gpu": round(rate, 1), "sustained_s": round(sustained_s, 1),
-        "peak_bytes": torch.cuda.max_memory_allocated(), "gpu": torch.cuda.get_device_name(),
+        "peak_bytes": torch.cuda.max_memory_allocated(), "gpu": card(),
         "torch": torch.__version__, "commit": os.environ.get("PRETRAIN_COMMIT", "unknown"),
         "no_grad": depth.no_grad, "with_grad": depth.with_grad,
         "kept_iterations": "" if model.kept_iterations is None else model.kept_iterations,
@@ -169,12 +165,20 @@ def measure(model: RecurrentModel, path: str, depth: Depth, rows: int, seconds: 
     )
 
 
-def append(path: Path, row: dict[str, object]) -> None:
-    """One row of a CSV file that begins with COLUMNS."""
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if is_new:
+def card() -> str:
+    """The name of the GPU, or cpu."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """One row of a CSV file, in the order of its first line; a new file begins with the names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", newline="") as file:
+        file.seek(0)
+        columns = next(csv.reader(file), None)
+        file.seek(0, os.SEEK_END)
+        writer = csv.DictWriter(file, columns or list(row))
+        if columns is None:
             writer.writeheader()
         writer.writerow(row)
 
