@@ -365,7 +365,8 @@ def test_fp8_is_the_reference_bit_for_bit(rows: int, width: int, dtype: torch.dt
 
 def assert_close_fp8(ours: Fp8, theirs: Fp8) -> None:
     """Equal but where a row's mean square, summed in another order, rounds a tie the other way."""
-    torch.testing.assert_close(ours.scale_N1, theirs.scale_N1, rtol=3e-7, atol=0, equal_nan=True)
+    # a few units in the last place: the mean square's, the root's and the product's
+    torch.testing.assert_close(ours.scale_N1, theirs.scale_N1, rtol=6e-7, atol=0, equal_nan=True)
     values = ours.values_ND.to(torch.float8_e4m3fn).float()
     # neighbours in e4m3: three bits of mantissa, and 2^-9 between the smallest
     torch.testing.assert_close(
