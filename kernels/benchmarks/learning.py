@@ -30,9 +30,10 @@ from reliability import steps
 
 HERE = Path(__file__).parent
 # for held-out losses, tasks and noise, behind the training; less where there is little time
-AFTER_S = 110.0
-# of the time that a probe leaves: validations, saving, and a probe that was too fast
-CAUTION = 0.85
+AFTER_S = 90.0
+# Of the time that a probe leaves, for training: the rest is for validations, saving, and a probe
+# that was too fast. Starting again takes about so much of what the probe took, which compiled.
+CAUTION, WARM_START = 0.9, 0.6
 PROBE_STEPS = 12
 PROBE_TOKENS = 1_000_000_000
 # to save and leave
@@ -144,7 +145,7 @@ class Learning:
             slowest_s = max(slowest_s, step_s)
             print(f"{name}: {batch.global_tokens / step_s:,.0f} tokens/s beside the others")
         left_s = self.train_until - time.monotonic()
-        count = int(CAUTION * (left_s - min(start_s, left_s / 2)) / slowest_s)
+        count = int(CAUTION * (left_s - min(WARM_START * start_s, left_s / 2)) / slowest_s)
         return max(count, 1) * int(batch.global_tokens)
 
     def wait_for_steps(self, processes: dict[str, subprocess.Popen[bytes]], count: int) -> None:

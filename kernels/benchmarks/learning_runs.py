@@ -14,6 +14,8 @@ DEPTHS = (1, 2, 4, 8, 16, 32, 64)
 BASE = (
     "experiment=huginn-100m-short", "logging=quiet", "checkpoint.every_steps=100000",
     "checkpoint.keep_last=1",
+    # saved once, at the end: there is nothing to go back to
+    "guards.spike.rewind_after=0",
 )  # fmt: skip
 FIXED = ("depth=fixed", "depth.mean=1", "depth.backprop=1")
 # 32 M parameters, half of them the embedding: six of them fit beside each other
