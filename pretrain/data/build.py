@@ -266,7 +266,8 @@ class _Build:
         if not any(source.train for source in sources):
             raise DataError(
                 f"The corpus {self._config.name} gives no rows to train on: it is empty, or "
-                f"data.valid_fraction={self._config.valid_fraction} holds all of it out."
+                f"data.valid_fraction={self._config.valid_fraction} and data.valid_paths="
+                f"{self._config.valid_paths} hold all of it out."
             )
         return Manifest(
             tool=f"pretrain {__version__}",

@@ -92,6 +92,8 @@ class DataConfig:
     """Tokens in a row; a stored row has one more, so that every input has its label."""
     valid_fraction: float = 0.01
     """Share of documents, chosen by the hash of their id, that is held out."""
+    valid_paths: list[str] = field(default_factory=list)
+    """Globs below data.root: whole files that are held out, besides that share of the others."""
     max_bytes: int | None = None
     """Stop reading a source after this many bytes of text; null: read all."""
     rows_per_member: int = 64
@@ -170,6 +172,11 @@ class DataConfig:
             raise ConfigError(
                 f"data.root={self.root} is set, but the embedded corpus reads no folder; "
                 "choose data=files."
+            )
+        if self.corpus is Corpus.embedded and self.valid_paths:
+            raise ConfigError(
+                f"data.valid_paths={self.valid_paths} is set, but the embedded corpus reads no "
+                "files; remove it, or choose data=files."
             )
 
     def _check_sources(self) -> None:

@@ -25,6 +25,7 @@ class Part:
 
     `index` numbers a source's parts from 0. `max_bytes` is the part's share of data.max_bytes:
     it ends with the first document that reaches it. `stored_bytes` is the size of its files.
+    `is_held_out`: none of its documents is for training, whatever their ids.
     """
 
     source: str
@@ -32,6 +33,7 @@ class Part:
     index: int
     max_bytes: int | None = None
     stored_bytes: int = 0
+    is_held_out: bool = False
 
 
 def number_parts(source: str, sizes: dict[str, int], max_bytes: int | None) -> list[Part]:

@@ -34,6 +34,9 @@ def build_settings(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     }
     settings["data.corpus"] = config.corpus.value
     settings["tokenizer.sha256"] = tokenizer.sha256
+    if config.valid_paths:
+        # left out if empty: shards that were built before it existed have the same settings
+        settings["data.valid_paths"] = list(config.valid_paths)
     for name, source in sorted(config.sources.items()):
         settings[f"data.sources.{name}.paths"] = list(source.paths)
         settings[f"data.sources.{name}.text_key"] = source.text_key

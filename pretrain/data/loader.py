@@ -259,7 +259,7 @@ def valid_rows(config: DataConfig, *, rows: int, rank: int, ranks: int) -> Batch
     if len(chosen) < rows and rank == 0:
         log.warning(
             "Only %d of the %d rows of validation.rows are held out; raise data.valid_fraction "
-            "and build again, or lower validation.rows.",
+            "or add data.valid_paths and build again, or lower validation.rows.",
             len(chosen),
             rows,
         )
@@ -283,7 +283,8 @@ def _choose_valid(config: DataConfig, manifest: Manifest, rows: int) -> list[tup
     if not any(weights):
         raise DataError(
             f"The shards at {config.shards} hold out no rows for validation; raise "
-            "data.valid_fraction and build again under another data.shards."
+            "data.valid_fraction, or name files in data.valid_paths, and build again under "
+            "another data.shards."
         )
     chosen = []
     for number, count in enumerate(_within(held_out, weights, rows)):

@@ -107,7 +107,10 @@ def encode_part(job: PartJob) -> PartRecord:
                 text_bytes += len(content)
                 digest.update(document.id.encode() + b"\0")
                 digest.update(hashlib.sha256(content).digest())
-                table.append((len(ids), is_held_out(document.id, job.config.valid_fraction)))
+                held_out = job.part.is_held_out or is_held_out(
+                    document.id, job.config.valid_fraction
+                )
+                table.append((len(ids), held_out))
             output.write(np.fromiter(chain.from_iterable(encoded), dtype=job.dtype).tobytes())
         output.flush()
         os.fsync(output.fileno())

@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import fsspec
@@ -22,8 +23,8 @@ log = logging.getLogger(__name__)
 def find_parts(config: DataConfig) -> dict[str, list[Part]]:
     """The parts of every source, by source name; both in a fixed order.
 
-    Raises DataError for a missing root, a source without files, a file of two sources, and a
-    corpus without any text.
+    Raises DataError for a missing root, a source without files, a file of two sources, a glob of
+    held-out files that matches none, and a corpus without any text.
     """
     if config.corpus is Corpus.embedded:
         return embedded.find_parts(config)
@@ -39,9 +40,28 @@ def find_parts(config: DataConfig) -> dict[str, list[Part]]:
             f"data.root={config.root} holds no text: all its {count} data files are empty."
             f" Expected {', '.join(READERS)}."
         )
-    return {
+    parts = {
         name: number_parts(name, source, config.max_bytes) for name, source in sorted(sizes.items())
     }
+    held_out = _held_out_paths(parts, config)
+    return {
+        name: [replace(part, is_held_out=part.path in held_out) for part in own]
+        for name, own in parts.items()
+    }
+
+
+def _held_out_paths(parts: dict[str, list[Part]], config: DataConfig) -> set[str]:
+    """The files that data.valid_paths names."""
+    paths, held_out = [part.path for own in parts.values() for part in own], set()
+    for pattern in config.valid_paths:
+        matched = set(filter(re.compile(glob_translate(pattern)).match, paths))
+        if not matched:
+            raise DataError(
+                f"data.valid_paths: {pattern} matches none of the {len(paths)} files of the "
+                f"sources below {config.root}; correct or remove it."
+            )
+        held_out |= matched
+    return held_out
 
 
 def read_documents(part: Part, config: DataConfig) -> Iterator[Document]:

@@ -60,7 +60,10 @@ class Sample:
 
     def chunks(self) -> Iterator[str]:
         """The text, source by source, each up to its share of train_bytes."""
-        parts = find_parts(self._config)
+        parts = {
+            name: [part for part in own if not part.is_held_out]
+            for name, own in find_parts(self._config).items()
+        }
         sizes = {name: sum(p.stored_bytes for p in source) for name, source in parts.items()}
         shares = source_shares(self._config, sizes)
         number = 0
@@ -120,6 +123,8 @@ def training_settings(config: TokenizerConfig, data: DataConfig) -> dict[str, An
         "data.text_key": data.text_key,
         "data.max_bytes": data.max_bytes,
     }
+    if data.valid_paths:
+        settings["data.valid_paths"] = list(data.valid_paths)
     for name, source in data.sources.items():
         settings[f"data.sources.{name}.paths"] = list(source.paths)
         settings[f"data.sources.{name}.weight"] = source.weight

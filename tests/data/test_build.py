@@ -162,6 +162,22 @@ def test_every_token_of_every_document_is_in_its_split(config, tokenizer_folder)
     assert num_documents == 120 + 36 + 1
 
 
+def test_files_that_are_held_out_by_name_are_so_as_a_whole(config, tokenizer_folder):
+    config.valid_fraction, config.valid_paths = 0.0, ["books/2.jsonl", "notes/*.txt"]
+    manifest = build(config, tokenizer_folder)
+    held_out = {source.name: source.totals("valid").documents for source in manifest.sources}
+    assert held_out == {"books": 24, "notes": 1}
+    trained_on = {source.name: source.totals("train").documents for source in manifest.sources}
+    assert trained_on == {"books": 120 - 24, "notes": 36}
+    config.valid_paths = ["books/3.jsonl"]
+    with pytest.raises(DataError, match=r"data.valid_paths: built with .*2.jsonl.*now .*3.jsonl"):
+        build(config, tokenizer_folder)
+
+
+def test_shards_know_nothing_of_held_out_files_where_none_are_named(config, tokenizer_folder):
+    assert "data.valid_paths" not in build(config, tokenizer_folder).settings
+
+
 def test_a_whole_document_decodes_to_its_text(config, tokenizer_folder):
     build(config, tokenizer_folder)
     tokenizer = Tokenizer.load(tokenizer_folder)

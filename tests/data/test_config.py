@@ -52,6 +52,11 @@ def test_a_job_of_a_shared_build_is_one_of_them(task, tasks):
     assert make(build_task=1, build_tasks=2).build_task == 1
 
 
+def test_the_embedded_corpus_has_no_files_to_hold_out():
+    with pytest.raises(ConfigError, match=r"data.valid_paths=\['\*'\] is set, but the embedded"):
+        make(corpus=Corpus.embedded, root=None, valid_paths=["*"])
+
+
 @pytest.mark.parametrize("weight", [-1.0, math.inf, math.nan])
 def test_a_weight_that_is_no_share_is_refused(weight):
     with pytest.raises(ConfigError, match="0 or more"):

@@ -175,3 +175,19 @@ def test_parts_travel_between_processes(corpus: Path) -> None:
     assert pickle.loads(pickle.dumps(parts)) == parts
     assert [part.index for part in parts["prose"]] == [0, 1, 2]
     assert [part.stored_bytes for part in parts["prose"]] == [1, 1, 1]
+
+
+def test_files_are_held_out_by_name(corpus: Path) -> None:
+    config = files_config(corpus, valid_paths=["prose/deep/*", "**/b.*"])
+    held_out = {part.path: part.is_held_out for own in find_parts(config).values() for part in own}
+    assert held_out == {
+        "code/d.jsonl.gz": False,
+        "prose/a.txt": False,
+        "prose/b.txt": True,
+        "prose/deep/c.txt": True,
+    }
+
+
+def test_a_glob_of_held_out_files_that_matches_none_is_refused(corpus: Path) -> None:
+    with pytest.raises(DataError, match=r"valid_paths: \*\.valid matches none of the 4 files"):
+        find_parts(files_config(corpus, valid_paths=["prose/**", "*.valid"]))

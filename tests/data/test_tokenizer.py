@@ -213,6 +213,21 @@ def test_the_sample_follows_the_weights(tmp_path: Path) -> None:
     assert sample.documents == 800
 
 
+def test_nothing_is_learned_from_files_that_are_held_out_by_name(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/seen.txt").write_text("seen")
+    (tmp_path / "text/kept.valid.txt").write_text("kept")
+    config = DataConfig(
+        name="mine", corpus=Corpus.files, root=str(tmp_path / "text"), shards="unused", context=8,
+        valid_paths=["*.valid.txt"],
+    )  # fmt: skip
+    assert list(Sample(config, 8000).chunks()) == ["seen"]
+    changed = command_config(tmp_path)
+    known = training_settings(changed.tokenizer, changed.data)
+    changed.data.valid_paths = ["*.valid.txt"]
+    assert training_settings(changed.tokenizer, changed.data) != known
+
+
 def test_shares_are_by_weight_or_else_by_size() -> None:
     def config(*weights: float | None) -> DataConfig:
         sources = {name: SourceConfig(weight=w) for name, w in zip("ab", weights, strict=True)}
