@@ -31,6 +31,7 @@ SAMPLING = {
     "one-depth-a-step": ("depth.scope=step",),
 }
 RATES = ("4e-4", "8e-4", "1.6e-3")
+DEEP_RATES = ("1e-4", "3e-4")
 SEEDS = (0, 1)
 WARMUP, COOLDOWN = 0.1, 0.4
 VALIDATIONS = 5
@@ -56,6 +57,10 @@ def all_runs(words: list[str]) -> dict[str, Run]:
         # twice and four times its own depth are far enough, and dear
         "fixed-equal-flops": Run((*FIXED, f"model.core_layers={layers}"), depths=(1, 2, 4)),
     }
+    # eleven times as many layers in a row bear less
+    for rate in DEEP_RATES:
+        deep = (*FIXED, f"model.core_layers={layers}", f"optimizer.learning_rate={rate}")
+        runs[f"fixed-equal-flops-{rate}"] = Run(deep, depths=(1, 2, 4))
     for name, overrides in SAMPLING.items():
         for seed in SEEDS:
             runs[f"{name}-{seed}"] = Run((*UNGUARDED, *overrides), seed, size=SMALL)
@@ -73,6 +78,7 @@ GROUPS = {
     "main": ["recurrent", "fixed-equal-parameters", "fixed-equal-flops"],
     "sampling": [f"{name}-{seed}" for seed in SEEDS for name in SAMPLING],
     "rates": [f"rate-{rate}" for rate in RATES],
+    "deep-rates": [f"fixed-equal-flops-{rate}" for rate in DEEP_RATES],
 }
 
 
