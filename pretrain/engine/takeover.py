@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 KNOWN_VERSION = "0.19.8"
 
 
-class Zero1(BF16_Optimizer):  # type: ignore[misc]
+class Zero1(BF16_Optimizer):
     """What DeepSpeed makes of ZeRO-1 with bf16 weights and fp32 sums of gradients."""
 
     update: Update
@@ -82,7 +82,7 @@ class Zero1(BF16_Optimizer):  # type: ignore[misc]
             has_gradient[:] = [False] * len(has_gradient)
 
 
-class Zero2(DeepSpeedZeroOptimizer):  # type: ignore[misc]
+class Zero2(DeepSpeedZeroOptimizer):
     """What DeepSpeed makes of ZeRO-2 with bf16 weights and fp32 sums of gradients."""
 
     update: Update
