@@ -75,6 +75,7 @@ class TestMicro:
             "rms_norm", "rms_norm backward", "norm_chain", "norm_chain backward", "qk_rope",
             "qk_rope backward", "swiglu", "swiglu backward", "quantize_rows", "norm_chain fp8",
             "swiglu fp8", "cross_entropy nats", "cross_entropy gradient", "ellis_adam",
+            "ellis_adam clipped and rounded", "add_gradient first", "add_gradient", "square_sums",
             "adamw with norms", "linear_cross_entropy both ways", "gemm",
             "weight gradient, float32 sum", "attention", "attention backward",
         }  # fmt: skip

@@ -1,7 +1,7 @@
 """The model on its devices: DeepSpeed ZeRO behind forward, backward and step.
 
-The only module that imports deepspeed, and it does so when an engine is built: DeepSpeed picks
-its accelerator at import from a variable that `world.join` sets.
+It imports deepspeed, and `takeover`, which does, when an engine is built: DeepSpeed picks its
+accelerator at import from a variable that `world.join` sets.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from pretrain.config import TrainConfig
 from pretrain.engine.config import Precision
 from pretrain.engine.ds_config import build_deepspeed_config
 from pretrain.engine.partitions import check_complete, find_partitions, refresh_weights
+from pretrain.engine.update import Update
 from pretrain.engine.world import World
 from pretrain.errors import CheckpointError
 from pretrain.model.block import SandwichBlock
@@ -74,6 +75,7 @@ class Engine:
             self.optimizer.layout = self.layout
         self._part_norms = PartNorms(self.optimizer, self.layout)
         self._gradient_clip = config.optimizer.gradient_clip
+        self._update = self._take_over()
         self._check(names)
         if config.engine.precision is Precision.bf16:
             self._set_masters(initial)
@@ -89,8 +91,9 @@ class Engine:
         A non-finite `nats` makes the whole gradient NaN, so that `step` skips on every rank.
         """
         assert self._micro_step < self.micro_steps, "more backward passes than micro_steps"
-        # DeepSpeed averages over ranks. Zero times a non-finite number is NaN.
-        factor = scale * self.world.size + 0.0 * nats.detach()
+        # ZeRO-3 can only average over ranks. Zero times a non-finite number is NaN.
+        ranks = self.world.size if self.zero_stage == 3 else 1
+        factor = scale * ranks + 0.0 * nats.detach()
         self._engine.backward(nats * factor, scale_wrt_gas=False)
         self._micro_step += 1
         if self._micro_step < self.micro_steps:
@@ -103,28 +106,37 @@ class Engine:
         """Reduce, clip and apply the gradient, or drop it everywhere if it is not finite.
 
         `drops_update`, equal on all ranks, drops it in any case. `measures_parts`, equal too, adds
-        one pass over this rank's share of the gradient and a sum of five numbers.
+        nothing where the update is ours, else one pass over this rank's share of the gradient.
         """
         assert self._micro_step == self.micro_steps, "step before the last backward pass"
         self._micro_step = 0
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.is_held = drops_update
-        if measures_parts:
+        if measures_parts and self._update is None:
             self._part_norms.begin()
         self._engine.step()
         self.optimizer.is_held = False
         is_applied = bool(self._engine.was_step_applied()) and not drops_update
         self.optimizer_steps += is_applied
         norm = float(self._engine.get_global_grad_norm())
-        parts = self._part_norms.take() if measures_parts else {}
-        return StepResult(norm, is_applied, self._unclipped(parts, norm))
+        return StepResult(norm, is_applied, self._measured_parts(norm) if measures_parts else {})
 
-    def _unclipped(self, parts: dict[str, float], norm: float) -> dict[str, float]:
-        """The optimizer is given the gradient after clipping."""
+    def _measured_parts(self, norm: float) -> dict[str, float]:
+        if self._update is not None:
+            return self._update.part_norms()
+        # DeepSpeed gives the optimizer the gradient after clipping.
         clip = self._gradient_clip
         by = max(norm / clip, 1.0) if clip else 1.0
-        return {name: value * by for name, value in parts.items()}
+        return {name: value * by for name, value in self._part_norms.take().items()}
+
+    def _take_over(self) -> Update | None:
+        from pretrain.engine.takeover import take_over
+
+        return take_over(
+            self._engine.optimizer, self.optimizer, self.layout,
+            rank=self.world.rank, clip=self._gradient_clip,
+        )  # fmt: skip
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[RecurrentModel]:

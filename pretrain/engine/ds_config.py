@@ -25,6 +25,8 @@ def build_deepspeed_config(config: TrainConfig, *, micro_steps: int) -> dict[str
         "bf16": {"enabled": is_bf16, "immediate_grad_update": is_bf16},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
+        # A loss is a sum. ZeRO-3 knows the mean alone.
+        "gradient_allreduce_op": "mean" if engine.zero_stage == 3 else "sum",
         "steps_per_print": 1 << 62,
         "wall_clock_breakdown": False,
     }

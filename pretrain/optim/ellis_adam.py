@@ -1,6 +1,6 @@
 """ELLISAdam, the published run's optimizer, on whole tensors or on ZeRO's flat partitions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from pretrain.optim.slices import Layout, Partition, unsharded
 from pretrain_kernels.ellis_adam import update_moments, update_weights
-from pretrain_kernels.spans import Piece, Spans
+from pretrain_kernels.spans import Spans
 
 
 class EllisAdam(Optimizer):
@@ -68,6 +68,15 @@ class EllisAdam(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every partition that has a gradient. All ranks call it with the same groups."""
         assert closure is None, "EllisAdam evaluates no closure"
+        self.update()
+
+    @torch.no_grad()
+    def update(self, factor: float = 1.0, rounded: Mapping[Tensor, Tensor] | None = None) -> None:
+        """A step whose gradients are `factor` times those of the partitions.
+
+        `rounded` has, for partitions of its choice, a tensor of the same length that gets the new
+        weights in its own dtype. Both cost no pass of their own.
+        """
         if self.is_held:
             return
         pairs = [(group, p) for group in self.param_groups for p in group["params"]]
@@ -77,13 +86,15 @@ class EllisAdam(Optimizer):
         layout = self.layout or unsharded([p for _, p in pairs])
         work = [(group, layout.partition_of(p)) for group, p in pairs]
         for group, partition in work:
-            self._update_moments(group, partition)
+            self._update_moments(group, partition, factor)
         clips = self._clips(work, layout)
         for (group, partition), clip in zip(work, clips, strict=True):
-            self._update_weights(group, partition, clip)
+            self._update_weights(group, partition, clip, (rounded or {}).get(partition.flat))
             self.clips[partition.flat] = clip
 
-    def _update_moments(self, group: dict[str, Any], partition: Partition) -> None:
+    def _update_moments(
+        self, group: dict[str, Any], partition: Partition, factor: float = 1.0
+    ) -> None:
         flat = partition.flat
         state = self.state[flat]
         is_first = not state
@@ -102,6 +113,7 @@ class EllisAdam(Optimizer):
             beta2=group["beta2"],
             floor=group["floor"],
             is_start=is_first and self.running_init,
+            factor=factor,
         )
 
     def _clips(self, work: list[tuple[dict[str, Any], Partition]], layout: Layout) -> list[Tensor]:
@@ -117,7 +129,13 @@ class EllisAdam(Optimizer):
         mean = sums / torch.tensor(numels, dtype=torch.float64, device=device)
         return list(torch.split(mean.sqrt().clamp(min=1.0), counts))
 
-    def _update_weights(self, group: dict[str, Any], partition: Partition, clip: Tensor) -> None:
+    def _update_weights(
+        self,
+        group: dict[str, Any],
+        partition: Partition,
+        clip: Tensor,
+        rounded: Tensor | None = None,
+    ) -> None:
         state = self.state[partition.flat]
         updates = float(state["step"])
         rate = group["lr"] / (1 - group["beta1"] ** updates)
@@ -132,19 +150,14 @@ class EllisAdam(Optimizer):
             self._spans_of(partition),
             keep=keep,
             correction=correction,
+            rounded=rounded,
         )
 
     def _spans_of(self, partition: Partition) -> Spans:
         """The same object as long as the same pieces lie in the same flat tensor."""
-        flat = partition.flat
-        pieces = tuple(
-            Piece(fragment.tensor, fragment.partition_start, fragment.numel)
-            for fragment in partition.fragments
-        )
-        known = self._spans.get(flat)
-        if known is None or known.pieces != pieces:
-            known = Spans(pieces, len(partition.tensors), flat.device)
-            self._spans[flat] = known
+        known = self._spans.get(partition.flat)
+        if known is None or known.pieces != partition.pieces():
+            known = self._spans[partition.flat] = partition.spans()
         return known
 
 

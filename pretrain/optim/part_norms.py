@@ -1,8 +1,10 @@
 """The gradient's norm by part of the model, from the pieces that a sharded optimizer is given."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from pretrain.optim.effective_rate import PARTS, part_of
@@ -39,8 +41,7 @@ class PartNorms:
         if not self._has_seen:
             return {}
         self._layout.reduce(self._sums)
-        norms = self._sums.sqrt().tolist()
-        return {f"gradient/norm_{part}": norm for part, norm in zip(PARTS, norms, strict=True)}
+        return named_norms(self._sums)
 
     @torch.no_grad()
     def _see(self, optimizer: Optimizer, *_: Any) -> None:
@@ -59,6 +60,18 @@ class PartNorms:
             return
         pieces = [partition.piece(piece, gradient.view(-1)) for piece in partition.fragments]
         names = [partition.tensors[piece.tensor].name for piece in partition.fragments]
-        parts = torch.tensor([PARTS.index(part_of(name)) for name in names])
         squares = torch.stack(torch._foreach_norm(pieces)).double().square()
-        self._sums.index_add_(0, parts.to(squares.device), squares)
+        self._sums += sum_by_part(names, squares)
+
+
+def sum_by_part(names: Sequence[str], squares: Tensor) -> Tensor:
+    """Of a number for each tensor of these names, the sum over each of PARTS, float64."""
+    parts = torch.tensor([PARTS.index(part_of(name)) for name in names], device=squares.device)
+    sums = torch.zeros(len(PARTS), dtype=torch.float64, device=squares.device)
+    return sums.index_add_(0, parts, squares)
+
+
+def named_norms(sums: Tensor) -> dict[str, float]:
+    """gradient/norm_PART, from each part's sum of squares."""
+    norms = sums.sqrt().tolist()
+    return {f"gradient/norm_{part}": norm for part, norm in zip(PARTS, norms, strict=True)}

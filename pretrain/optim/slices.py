@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pretrain_kernels.spans import Piece, Spans
+
 
 class Fragment(NamedTuple):
     """A piece of one tensor that lies contiguously in a partition."""
@@ -52,6 +54,17 @@ class Partition:
         """View of a fragment in the partition, or in a tensor of the same layout (`of`)."""
         source = self.flat if of is None else of
         return source.narrow(0, fragment.partition_start, fragment.numel)
+
+    def pieces(self) -> tuple[Piece, ...]:
+        """The fragments, as kernels over the partition are told of them."""
+        return tuple(
+            Piece(fragment.tensor, fragment.partition_start, fragment.numel)
+            for fragment in self.fragments
+        )
+
+    def spans(self) -> Spans:
+        """A new table of the fragments for kernels, on the partition's device."""
+        return Spans(self.pieces(), len(self.tensors), self.flat.device)
 
 
 class Layout:

@@ -28,6 +28,7 @@ def test_a_run_becomes_exactly_this_dict() -> None:
         "bf16": {"enabled": True, "immediate_grad_update": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
+        "gradient_allreduce_op": "mean",
         "steps_per_print": 1 << 62,
         "wall_clock_breakdown": False,
     }
@@ -45,6 +46,16 @@ def test_a_run_becomes_exactly_this_dict() -> None:
 def test_every_engine_setting_that_is_deepspeed_s_reaches_it(change: dict[str, object]) -> None:
     base = build_deepspeed_config(tiny_config(), micro_steps=1)
     assert build_deepspeed_config(tiny_config(engine=tiny_engine(**change)), micro_steps=1) != base
+
+
+def test_gradients_are_summed_over_ranks_where_deepspeed_can() -> None:
+    operations = {
+        stage: build_deepspeed_config(
+            tiny_config(engine=tiny_engine(zero_stage=stage)), micro_steps=1
+        )["gradient_allreduce_op"]
+        for stage in (1, 2, 3)
+    }
+    assert operations == {1: "sum", 2: "sum", 3: "mean"}
 
 
 def test_clipping_reaches_deepspeed() -> None:

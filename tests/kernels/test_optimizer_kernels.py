@@ -17,9 +17,11 @@ from torch import Tensor
 from pretrain.optim.ellis_adam import EllisAdam
 from pretrain.testing import load_module
 from pretrain_kernels.adamw import adamw_
+from pretrain_kernels.add_gradient import add_gradient
 from pretrain_kernels.dispatch import has_triton, is_interpreted
 from pretrain_kernels.ellis_adam import reference, update_moments, update_weights
 from pretrain_kernels.spans import SPAN_ELEMENTS, Piece, Spans
+from pretrain_kernels.square_sums import square_sums
 
 needs_kernels = [
     pytest.mark.gpu,
@@ -116,6 +118,47 @@ def test_moments_and_sums_follow_the_rule() -> None:
     torch.testing.assert_close(sums, expected, rtol=1e-6, atol=0)
 
 
+def test_a_factor_is_as_if_the_gradient_were_smaller() -> None:
+    results = []
+    for factor in (0.3, 1.0):
+        _, gradient, mean, square = state()
+        given = gradient.clone() if factor == 0.3 else gradient * 0.3
+        before = given.clone()
+        sums = update_moments(
+            given, mean, square, spans_on("cpu"), is_start=False, factor=factor, **MOMENTS
+        )
+        assert torch.equal(given.nan_to_num(), before.nan_to_num())
+        results.append(torch.cat([sums, mean.nan_to_num().double(), square.nan_to_num().double()]))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rounded_weights_are_what_a_copy_gives(dtype: torch.dtype) -> None:
+    weight, _, mean, square = state()
+    rounded = torch.full((LENGTH,), 7.0, dtype=dtype)
+    etas = torch.full((NUM_TENSORS,), 0.1)
+    update_weights(weight, mean, square, etas, spans_on("cpu"), rounded=rounded, **WEIGHTS)
+    expected = torch.where(is_owned(), weight.to(dtype), 7.0)
+    assert torch.equal(rounded, expected)
+
+
+def test_sums_of_squares_do_not_overflow() -> None:
+    gradient = torch.tensor([3.0, 4.0, 3e38, 3e38, 1.0])
+    spans = Spans([Piece(2, 0, 2), Piece(0, 2, 2)], 3, torch.device("cpu"))
+    expected = torch.tensor([2 * float(gradient[2]) ** 2, 0.0, 25.0], dtype=torch.float64)
+    torch.testing.assert_close(square_sums(gradient, spans), expected, rtol=1e-15, atol=0)
+
+
+def test_a_first_gradient_starts_its_sum_and_the_next_is_added() -> None:
+    random = torch.Generator().manual_seed(0)
+    total = torch.full((100,), torch.nan)
+    first, second = (torch.randn(100, generator=random).bfloat16() for _ in range(2))
+    add_gradient(total, first, is_first=True)
+    assert torch.equal(total, first.float())
+    add_gradient(total, second, is_first=False)
+    assert torch.equal(total, first.float() + second.float())
+
+
 def test_adamw_follows_torch() -> None:
     random = torch.Generator().manual_seed(0)
     weight = torch.randn(100, generator=random, dtype=torch.float64)
@@ -154,6 +197,14 @@ def test_what_does_not_fit_a_partition_is_refused() -> None:
     for etas in (torch.ones(3), torch.ones(4, dtype=torch.float64)):
         with pytest.raises(ValueError, match="one for each of 4 tensors"):
             update_weights(weight, mean, square, etas, spans_on("cpu"), **WEIGHTS)
+    etas = torch.ones(NUM_TENSORS)
+    for rounded in (weight.bfloat16()[:-1], weight.bfloat16().to("meta"), weight.int()):
+        with pytest.raises(ValueError, match="ellis_adam: rounded"):
+            update_weights(weight, mean, square, etas, spans_on("cpu"), rounded=rounded, **WEIGHTS)
+    with pytest.raises(ValueError, match=r"\(34099,\) on cpu; it must be as total, \(34100,\)"):
+        add_gradient(weight, gradient[:-1], is_first=True)
+    with pytest.raises(ValueError, match=r"total of shape \(17050,\) has strides \(2,\)"):
+        add_gradient(weight[::2], gradient[::2], is_first=True)
     with pytest.raises(ValueError, match="step=0, but steps are counted from 1"):
         adamw_(weight, gradient, mean, square, spans_on("cpu"), **ADAMW | {"step": 0})
     with pytest.raises(ValueError, match="does not fit 4 tensors"):
@@ -172,22 +223,53 @@ class TestKernels:
             square.fill_(torch.nan)
         exact = doubled([gradient, mean, square])
         spans = spans_on(DEVICE)
-        options = MOMENTS | {"is_start": is_start}
+        options = MOMENTS | {"is_start": is_start, "factor": 0.6}
         expected = reference.update_moments(*exact, spans, **options)
         sums = update_moments(gradient, mean, square, spans, **options)
-        # at most three float32 roundings each, of numbers of which the larger is below 5
+        # at most four float32 roundings each, of numbers of which the larger is below 5; those of
+        # the factor and of the product with it count twice in a square
         torch.testing.assert_close(mean.double(), exact[1], rtol=2e-7, atol=5e-7, equal_nan=True)
-        torch.testing.assert_close(square.double(), exact[2], rtol=4e-7, atol=0, equal_nan=True)
+        torch.testing.assert_close(square.double(), exact[2], rtol=6e-7, atol=0, equal_nan=True)
         torch.testing.assert_close(sums, expected, rtol=1e-6, atol=0)
 
-    def test_weights_equal_float64(self) -> None:
+    @pytest.mark.parametrize("rounds", [True, False])
+    def test_weights_equal_float64(self, rounds: bool) -> None:
         weight, _, mean, square = state(DEVICE)
         exact = doubled([weight, mean, square])
         etas = torch.tensor([0.1, 0.2, 0.3, 0.4], device=DEVICE)
         spans = spans_on(DEVICE)
+        # fp16 in the interpreter, which truncates where it makes bf16
+        half = torch.float16 if is_interpreted() else torch.bfloat16
+        rounded = torch.full((LENGTH,), 7.0, dtype=half, device=DEVICE) if rounds else None
         reference.update_weights(*exact, etas, spans, **WEIGHTS)
-        update_weights(weight, mean, square, etas, spans, **WEIGHTS)
+        update_weights(weight, mean, square, etas, spans, rounded=rounded, **WEIGHTS)
+        if rounded is not None:
+            owned = is_owned().to(DEVICE)
+            assert torch.equal(rounded, torch.where(owned, weight.to(half), 7.0))
         torch.testing.assert_close(weight.double(), exact[0], rtol=2e-7, atol=5e-7, equal_nan=True)
+
+    def test_square_sums_equal_float64(self) -> None:
+        gradient = state(DEVICE)[1]
+        spans = spans_on(DEVICE)
+        # a float64 gradient takes the reference
+        expected = square_sums(gradient.double(), spans)
+        assert expected[1] == 0
+        torch.testing.assert_close(square_sums(gradient, spans), expected, rtol=1e-14, atol=0)
+        gradient[33_500] = torch.nan
+        assert square_sums(gradient, spans).isnan().tolist() == [False, False, False, True]
+
+    @pytest.mark.parametrize("numel", [1, 2048, 5000])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    def test_gradients_are_added_in_float32(self, numel: int, dtype: torch.dtype) -> None:
+        random = torch.Generator().manual_seed(0)
+        first, second = (torch.randn(numel, generator=random).to(DEVICE, dtype) for _ in range(2))
+        room = torch.full((numel + 1,), torch.nan, device=DEVICE)
+        total = room[:numel]
+        add_gradient(total, first, is_first=True)
+        assert torch.equal(total, first.float())
+        add_gradient(total, second, is_first=False)
+        assert torch.equal(total, first.float() + second.float())
+        assert room[numel].isnan()
 
     def test_adamw_equals_float64(self) -> None:
         tensors = state(DEVICE)
@@ -311,43 +393,59 @@ class TestWithoutGpu:
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        assert "11 passed" in done.stdout
+        assert "22 passed" in done.stdout
 
     @pytest.mark.skipif(is_interpreted(), reason="compiles")
     @pytest.mark.parametrize(
         ("name", "loads", "stores", "registers"),
-        [("start", 1, 2, 64), ("moments", 3, 2, 64), ("weights", 3, 1, 40), ("adamw", 4, 3, 80)],
-    )
+        [
+            ("start", 1, 2, 64), ("moments", 3, 2, 64), ("weights", 3, 1, 40), ("adamw", 4, 3, 80),
+            ("rounded", 3, 1.5, 64), ("first", 1, 2, 40), ("added", 3, 2, 64),
+            ("squares", 16, 0, 64),
+        ],
+    )  # fmt: skip
     def test_compiled_for_hopper(
-        self, name: str, loads: int, stores: int, registers: int, tmp_path: Path, monkeypatch
+        self, name: str, loads: int, stores: float, registers: int, tmp_path: Path, monkeypatch
     ) -> None:
         from pretrain_kernels import spans_triton
         from pretrain_kernels.adamw import triton as adamw
+        from pretrain_kernels.add_gradient import triton as adding
         from pretrain_kernels.ellis_adam import triton as ellis
+        from pretrain_kernels.square_sums import triton as squares
 
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
         launches = load_module(Path(__file__).with_name("launches.py"))
         weight, gradient, mean, square = (torch.empty(LENGTH, device="meta") for _ in range(4))
+        half = torch.empty(LENGTH, dtype=torch.bfloat16, device="meta")
         etas, spans = torch.empty(NUM_TENSORS, device="meta"), spans_on("meta")
         tensors = (gradient, mean, square, spans)
         calls = {
             "start": lambda: ellis.update_moments(*tensors, is_start=True, **MOMENTS),
             "moments": lambda: ellis.update_moments(*tensors, is_start=False, **MOMENTS),
             "weights": lambda: ellis.update_weights(weight, mean, square, etas, spans, **WEIGHTS),
+            "rounded": lambda: ellis.update_weights(
+                weight, mean, square, etas, spans, rounded=half, **WEIGHTS
+            ),
             "adamw": lambda: adamw.adamw_(weight, *tensors, **ADAMW),
+            "first": lambda: adding.add_gradient(weight, half, is_first=True),
+            "added": lambda: adding.add_gradient(weight, half, is_first=False),
+            "squares": lambda: squares.square_sums(gradient, spans),
         }
         with (
             launches.recorded(ellis) as of_ellis,
             launches.recorded(adamw) as of_adamw,
+            launches.recorded(adding) as of_adding,
+            launches.recorded(squares) as of_squares,
             launches.recorded(spans_triton) as of_sums,
         ):
             calls[name]()
-        (launch,) = of_ellis + of_adamw
+        (launch,) = of_ellis + of_adamw + of_adding + of_squares
         machine = launches.compiled(launch)
         assert machine.spilled_accesses == 0
         assert machine.registers <= registers
-        # 1024 numbers of 4 bytes over 128 threads: two accesses of 16 bytes of each array
+        # 1024 numbers of 4 bytes over 128 threads: two accesses of 16 bytes of each array, one of a
+        # bf16 one; adding takes 2048 numbers; sums of squares have their loop of 16 rolled out
         assert machine.vector_loads == 2 * loads
         assert machine.vector_stores == 2 * stores
-        assert len(of_sums) == (name != "weights")
+        assert len(of_sums) == (name in ("start", "moments", "adamw", "squares"))
         assert all(launches.compiled(each).spilled_accesses == 0 for each in of_sums)

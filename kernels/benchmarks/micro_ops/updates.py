@@ -23,10 +23,14 @@ from micro_ops.case import (
 )
 from pretrain_kernels.adamw import adamw_
 from pretrain_kernels.adamw import reference as plain_adamw
+from pretrain_kernels.add_gradient import add_gradient
+from pretrain_kernels.add_gradient import reference as plain_adding
 from pretrain_kernels.ellis_adam import reference as plain_ellis_adam
 from pretrain_kernels.ellis_adam import update_moments, update_weights
 from pretrain_kernels.linear_cross_entropy import linear_cross_entropy, reference, softmax_for
 from pretrain_kernels.spans import Piece, Spans
+from pretrain_kernels.square_sums import reference as plain_squares
+from pretrain_kernels.square_sums import square_sums
 
 # A partition of the large model holds about ninety tensors.
 NUM_TENSORS = 90
@@ -42,6 +46,7 @@ def cases(sizes: Sizes) -> Iterator[Case]:
     yield from _optimizer_cases(sizes)
     for tokens in (sizes.tokens, 2 * sizes.tokens):
         yield _loss_case(sizes, tokens)
+    yield from _gradient_cases(sizes)
 
 
 def _logits(vocabulary: int, tokens: int, device: torch.device) -> Inputs:
@@ -150,17 +155,78 @@ def _spans(inputs: Inputs) -> Spans:
 
 
 def _ellis_adam(moments, weights, inputs: Inputs) -> Run:
+    """With a tensor for rounded weights, those too, and the gradient is clipped."""
     spans = _spans(inputs)
     means = [inputs["mean"], inputs["square"]]
     numel = spans.pieces[0].numel
+    rounded = inputs.get("rounded")
+    factor = 1.0 if rounded is None else 0.7
 
     def run() -> Outputs:
-        sums = moments(inputs["gradient"], *means, spans, is_start=False, **ELLIS)
+        sums = moments(inputs["gradient"], *means, spans, is_start=False, factor=factor, **ELLIS)
         etas = (3e-3 / (sums / numel).sqrt().clamp(min=1.0)).to(torch.float32)
-        weights(inputs["weight"], *means, etas, spans, keep=0.9999, correction=1.5)
-        return inputs["weight"], *means
+        weights(inputs["weight"], *means, etas, spans, keep=0.9999, correction=1.5, rounded=rounded)
+        return inputs["weight"], *means, *([] if rounded is None else [rounded])
 
     return run
+
+
+def _state_and_rounded(elements: int, device: torch.device) -> Inputs:
+    inputs = _state(elements, device)
+    return inputs | {"rounded": inputs["weight"].to(torch.bfloat16)}
+
+
+def _gradient(elements: int, device: torch.device) -> Inputs:
+    inputs = {"total": normal(elements, device=device, dtype=torch.float32)}
+    return inputs | {"gradient": normal(elements, device=device)}
+
+
+def _adding(function, is_first: bool, inputs: Inputs) -> Run:
+    def run() -> Outputs:
+        function(inputs["total"], inputs["gradient"], is_first=is_first)
+        return (inputs["total"],)
+
+    return run
+
+
+def _squares(function, inputs: Inputs) -> Run:
+    spans = _spans(inputs)
+    return lambda: (function(inputs["gradient"], spans),)
+
+
+def _gradient_cases(sizes: Sizes) -> Iterator[Case]:
+    """What happens to a gradient after the backward pass, and an update that clips and rounds."""
+    elements = sizes.elements
+    fields = {"size": elements, "check_size": min(elements, 1 << 22), "limit": "copy"}
+    for op, is_first, bytes_per_element in (
+        ("add_gradient first", True, 6), ("add_gradient", False, 10)
+    ):  # fmt: skip
+        yield Case(
+            op=op, shape=f"{elements}", dtype=torch.bfloat16, make=_gradient,
+            amount=float(bytes_per_element * elements), **fields,
+            providers={
+                "ours": partial(_adding, add_gradient, is_first),
+                "eager": partial(_adding, plain_adding.add_gradient, is_first),
+            },
+        )  # fmt: skip
+    yield Case(
+        op="square_sums", shape=f"{elements} in {NUM_TENSORS} tensors", dtype=torch.float32,
+        make=_state, amount=4.0 * elements, **fields,
+        providers={
+            "ours": partial(_squares, square_sums),
+            "eager": partial(_squares, plain_squares.square_sums),
+        },
+    )  # fmt: skip
+    yield Case(
+        op="ellis_adam clipped and rounded", shape=f"{elements} in {NUM_TENSORS} tensors",
+        dtype=torch.float32, make=_state_and_rounded, amount=38.0 * elements, **fields,
+        providers={
+            "ours": partial(_ellis_adam, update_moments, update_weights),
+            "eager": partial(
+                _ellis_adam, plain_ellis_adam.update_moments, plain_ellis_adam.update_weights
+            ),
+        },
+    )  # fmt: skip
 
 
 def _adamw(function, inputs: Inputs) -> Run:

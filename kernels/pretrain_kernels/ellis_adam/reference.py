@@ -21,10 +21,13 @@ def update_moments(
     beta2: float,
     floor: float,
     is_start: bool,
+    factor: float = 1.0,
 ) -> Tensor:
-    """Update both moments in place; float64 sum of gradient^2 / square of each tensor."""
+    """Update both moments in place; float64 sum of (factor gradient)^2 / square of each tensor."""
     sums = torch.zeros(spans.num_tensors, dtype=torch.float64, device=gradient.device)
     for tensor, g, m, v in _chunks(spans, gradient, mean, square):
+        if factor != 1.0:
+            g = g * factor
         if is_start:
             m.copy_(g)
             torch.mul(g, g, out=v)
@@ -44,11 +47,18 @@ def update_weights(
     *,
     keep: float,
     correction: float,
+    rounded: Tensor | None = None,
 ) -> None:
-    """weight <- keep x weight - eta of its tensor x atan2(mean, correction x sqrt(square))."""
+    """weight <- keep x weight - eta of its tensor x atan2(mean, correction x sqrt(square)).
+
+    `rounded` then gets the weights in its own dtype.
+    """
     for tensor, p, m, v in _chunks(spans, weight, mean, square):
         angle = torch.atan2(m, v.sqrt().mul_(correction))
         p.mul_(keep).sub_(angle.mul_(etas[tensor]))
+    if rounded is not None:
+        for _, begin, numel in spans.pieces:
+            rounded.narrow(0, begin, numel).copy_(weight.narrow(0, begin, numel))
 
 
 def _chunks(
