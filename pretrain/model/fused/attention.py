@@ -28,6 +28,8 @@ from pretrain_kernels.dispatch import has_triton
 log = logging.getLogger(__name__)
 
 _aten = torch.ops.aten
+# queries and keys of a block of FlexAttention's mask, torch's default
+BLOCK = 128
 
 
 class Attended(NamedTuple):
@@ -54,8 +56,7 @@ def choose_backend(q_BHTK: Tensor, layout: Layout) -> Backend:
         # no kernel here takes head widths that are no multiple of 8: torch pads them
         backend = REPLAYED
     elif not layout.mask.is_causal:
-        # tensor cores multiply 16 channels at a time, and FlexAttention is compiled by triton
-        backend = FLEX if q_BHTK.shape[-1] >= 16 and has_triton() else REPLAYED
+        backend = FLEX if _is_for_flex(q_BHTK) else REPLAYED
     elif torch.are_deterministic_algorithms_enabled():
         # which cuDNN refuses
         backend = FLASH
@@ -63,6 +64,16 @@ def choose_backend(q_BHTK: Tensor, layout: Layout) -> Backend:
         backend = CUDNN
     _announce(backend.name, q_BHTK.device.type, layout.mask.is_causal)
     return backend
+
+
+def _is_for_flex(q_BHTK: Tensor) -> bool:
+    """Whether FlexAttention is compiled for these heads on a GPU.
+
+    Triton compiles it, for products of 16 channels or more. Rows to train on are whole blocks;
+    items of an evaluation have any length, and would be compiled over and over.
+    """
+    _, _, tokens, head_width = q_BHTK.shape
+    return has_triton() and head_width >= 16 and tokens % BLOCK == 0
 
 
 @functools.cache

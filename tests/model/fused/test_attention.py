@@ -46,8 +46,8 @@ class OnCuda:
     is_cuda = True
     device = torch.device("cuda", 0)
 
-    def __init__(self, head_width, dtype=torch.bfloat16):
-        self.shape, self.dtype = (1, 2, 8, head_width), dtype
+    def __init__(self, head_width, dtype=torch.bfloat16, tokens=256):
+        self.shape, self.dtype = (1, 2, tokens, head_width), dtype
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,8 @@ class OnCuda:
     ],
     ids=["16 bits", "odd width", "32 bits"],
 )
-def test_the_kernel_goes_by_width_and_dtype(queries, wanted):
+def test_the_kernel_goes_by_width_and_dtype(monkeypatch, queries, wanted):
+    monkeypatch.setattr(attention, "has_triton", lambda: True)
     positions = torch.arange(8)[None]
     causal = Layout.at(positions, Mask(), head_width=12, base=1e4)
     assert choose_backend(queries, causal) is wanted
@@ -75,6 +76,8 @@ def test_isolated_documents_go_to_flex_attention_on_a_gpu_alone(monkeypatch, has
     assert choose_backend(OnCuda(96), isolated) is wanted
     # triton multiplies no fewer than 16 channels
     assert choose_backend(OnCuda(8), isolated) is REPLAYED
+    # items of an evaluation have any length, and each would be compiled
+    assert choose_backend(OnCuda(96, tokens=200), isolated) is REPLAYED
     assert choose_backend(torch.zeros(1, 2, 8, 96), isolated) is REPLAYED
 
 
