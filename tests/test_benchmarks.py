@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.attention.flex_attention as torch_flex
 
 from conftest import SMALL as SMALL_RUN
 from pretrain.compose import load
@@ -43,7 +45,10 @@ SMALL = {
     "elements": 10_000,
 }  # fmt: skip
 # what runs on a CPU as it runs on a GPU
-ON_CPU = ("ours", "eager", "torch", "mm, add", "FA2", "torch fused")
+ON_CPU = (
+    "ours", "eager", "torch", "mm, add", "FA2", "math", "FlexAttention", "dense mask",
+    "torch fused",
+)  # fmt: skip
 
 
 class TestMicro:
@@ -52,14 +57,18 @@ class TestMicro:
     @pytest.fixture
     def cases(self, monkeypatch):
         monkeypatch.syspath_prepend(str(BENCHMARKS))
-        from micro_ops import core, products, updates
+        from micro_ops import attention, core, products, updates
         from micro_ops.case import Sizes
 
+        # torch refuses gradients of FlexAttention on a CPU, where its compiled kernel has none
+        monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
         sizes = Sizes(**SMALL)
         found = {}
-        for case in (*core.cases(sizes), *updates.cases(sizes), *products.cases(sizes)):
+        for case in chain.from_iterable(
+            part.cases(sizes) for part in (core, attention, updates, products)
+        ):
             providers = {name: case.providers[name] for name in ON_CPU if name in case.providers}
-            if providers and "fp8, row-wise" not in case.op:
+            if providers:
                 found[f"{case.op} {case.shape}"] = replace(case, providers=providers)
         return found
 
@@ -76,7 +85,8 @@ class TestMicro:
             "qk_rope backward", "swiglu", "swiglu backward", "quantize_rows", "norm_chain fp8",
             "swiglu fp8", "cross_entropy nats", "cross_entropy gradient", "ellis_adam",
             "adamw with norms", "linear_cross_entropy both ways", "gemm",
-            "weight gradient, float32 sum", "attention", "attention backward",
+            "gemm fp8, row-wise", "weight gradient, float32 sum", "attention", "attention backward",
+            "attention in documents", "attention in documents backward",
         }  # fmt: skip
 
     def test_a_wrong_provider_is_found(self, cases):
@@ -99,6 +109,15 @@ class TestMicro:
             wrong = replace(case, providers=case.providers | {name: spoiled})
             faults = find_faults(wrong, torch.device("cpu"))
             assert "output 0 is off by nan" in faults[name], case.op
+
+    def test_documents_that_see_each_other_are_found(self, cases):
+        from micro_ops.check import find_faults
+
+        found = {case.op: case for case in cases.values() if case.op.startswith("attention")}
+        for suffix in ("", " backward"):
+            causal, isolated = found[f"attention{suffix}"], found[f"attention in documents{suffix}"]
+            wrong = replace(isolated, providers={"FA2": causal.providers["FA2"]})
+            assert "output 0 is off" in find_faults(wrong, torch.device("cpu"))["FA2"]
 
     def test_without_a_gpu_it_says_so(self):
         done = subprocess.run(
