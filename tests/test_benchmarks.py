@@ -19,6 +19,7 @@ from conftest import SMALL as SMALL_RUN
 from pretrain.compose import load
 from pretrain.model.depth import Depth, step_depths
 from pretrain.testing import load_module
+from pretrain_kernels import dispatch
 
 BENCHMARKS = Path(__file__).parent.parent / "kernels/benchmarks"
 
@@ -127,6 +128,70 @@ class TestMicro:
         )  # fmt: skip
         assert done.returncode == 3
         assert "needs a CUDA GPU" in done.stderr
+
+
+class TestStep:
+    """Passes of the tiny model on a CPU, whose speed says nothing and is kept nowhere."""
+
+    WORDS = (
+        "device=cpu", "presets=tiny", "paths=fused", "no_grad=1", "with_grad=1", "seconds=0",
+    )  # fmt: skip
+
+    @pytest.fixture
+    def step(self, monkeypatch):
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        import step_parity
+
+        # few tokens, whose gradients scatter more, as those of the rounding test do
+        monkeypatch.setattr(step_parity, "TOKENS", 64)
+        monkeypatch.setattr(step_parity, "RATIO", 2.0)
+        return load_module(BENCHMARKS / "step.py")
+
+    def read(self, path: Path) -> list[dict[str, str]]:
+        with path.open() as file:
+            return list(csv.DictReader(file))
+
+    def test_a_pass_without_a_kernel_stands_between_two_with_all(self, step, tmp_path, caplog):
+        dispatch._announce.cache_clear()
+        words = [*self.WORDS, "parity=0", "without=swiglu", f"results={tmp_path}"]
+        assert step.main(words) == 0
+        warned = [record.message for record in caplog.records if record.levelname == "WARNING"]
+        assert warned == ["swiglu on cpu runs as PyTorch, because PRETRAIN_KERNELS_OFF names it"]
+        assert "PRETRAIN_KERNELS_OFF" not in os.environ
+        rows = self.read(tmp_path / "ablation.csv")
+        assert [row["without"] for row in rows] == ["", "swiglu", ""]
+        rates = [float(row["tokens_per_s_per_gpu"]) for row in rows]
+        shares = [float(row["share_of_all_kernels"]) for row in rows]
+        assert shares == pytest.approx([2 * r / (rates[0] + rates[2]) for r in rates], abs=1e-4)
+        kept = [row["tokens_per_s_per_gpu"] for row in self.read(tmp_path / "step.csv")]
+        assert kept == [rows[0]["tokens_per_s_per_gpu"], rows[2]["tokens_per_s_per_gpu"]]
+
+    def test_a_path_that_is_wrong_has_no_speed(self, step, tmp_path, monkeypatch, capsys):
+        from pretrain_kernels.swiglu import reference
+
+        torch.manual_seed(0)
+        assert step.main([*self.WORDS, f"results={tmp_path}"]) == 0
+        assert len(self.read(tmp_path / "step.csv")) == 1
+        assert ": passes" in capsys.readouterr().out
+        right = reference.swiglu
+        monkeypatch.setattr(reference, "swiglu", lambda *args, **more: -right(*args, **more))
+        assert step.main([*self.WORDS, f"results={tmp_path}"]) == 1
+        said = capsys.readouterr().out
+        assert "tiny fused, precision without and with gradient same-same: FAILS" in said
+        assert "tokens/s" not in said
+        assert len(self.read(tmp_path / "step.csv")) == 1
+
+    @pytest.mark.parametrize(
+        ("words", "reason"),
+        [
+            (["without=norms"], "without=norms names norms; the ops are adamw"),
+            (["without=swiglu", "paths=compiled"], "paths=compiled has none"),
+            (["preset=tiny"], "preset=tiny is no option"),
+        ],
+    )
+    def test_what_means_nothing_is_refused(self, step, words, reason):
+        with pytest.raises(SystemExit, match=reason):
+            step.main(words)
 
 
 class TestEngine:
