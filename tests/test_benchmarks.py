@@ -7,16 +7,19 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.attention.flex_attention as torch_flex
 
 from conftest import SMALL as SMALL_RUN
 from pretrain.compose import load
 from pretrain.model.depth import Depth, step_depths
 from pretrain.testing import load_module
+from pretrain_kernels import dispatch
 
 BENCHMARKS = Path(__file__).parent.parent / "kernels/benchmarks"
 
@@ -43,7 +46,10 @@ SMALL = {
     "elements": 10_000,
 }  # fmt: skip
 # what runs on a CPU as it runs on a GPU
-ON_CPU = ("ours", "eager", "torch", "mm, add", "FA2", "torch fused")
+ON_CPU = (
+    "ours", "eager", "torch", "mm, add", "FA2", "math", "FlexAttention", "dense mask",
+    "torch fused",
+)  # fmt: skip
 
 
 class TestMicro:
@@ -52,14 +58,18 @@ class TestMicro:
     @pytest.fixture
     def cases(self, monkeypatch):
         monkeypatch.syspath_prepend(str(BENCHMARKS))
-        from micro_ops import core, products, updates
+        from micro_ops import attention, core, products, updates
         from micro_ops.case import Sizes
 
+        # torch refuses gradients of FlexAttention on a CPU, where its compiled kernel has none
+        monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
         sizes = Sizes(**SMALL)
         found = {}
-        for case in (*core.cases(sizes), *updates.cases(sizes), *products.cases(sizes)):
+        for case in chain.from_iterable(
+            part.cases(sizes) for part in (core, attention, updates, products)
+        ):
             providers = {name: case.providers[name] for name in ON_CPU if name in case.providers}
-            if providers and "fp8, row-wise" not in case.op:
+            if providers:
                 found[f"{case.op} {case.shape}"] = replace(case, providers=providers)
         return found
 
@@ -77,7 +87,8 @@ class TestMicro:
             "swiglu fp8", "cross_entropy nats", "cross_entropy gradient", "ellis_adam",
             "ellis_adam clipped and rounded", "add_gradient first", "add_gradient", "square_sums",
             "adamw with norms", "linear_cross_entropy both ways", "gemm",
-            "weight gradient, float32 sum", "attention", "attention backward",
+            "gemm fp8, row-wise", "weight gradient, float32 sum", "attention", "attention backward",
+            "attention in documents", "attention in documents backward",
         }  # fmt: skip
 
     def test_a_wrong_provider_is_found(self, cases):
@@ -101,6 +112,15 @@ class TestMicro:
             faults = find_faults(wrong, torch.device("cpu"))
             assert "output 0 is off by nan" in faults[name], case.op
 
+    def test_documents_that_see_each_other_are_found(self, cases):
+        from micro_ops.check import find_faults
+
+        found = {case.op: case for case in cases.values() if case.op.startswith("attention")}
+        for suffix in ("", " backward"):
+            causal, isolated = found[f"attention{suffix}"], found[f"attention in documents{suffix}"]
+            wrong = replace(isolated, providers={"FA2": causal.providers["FA2"]})
+            assert "output 0 is off" in find_faults(wrong, torch.device("cpu"))["FA2"]
+
     def test_without_a_gpu_it_says_so(self):
         done = subprocess.run(
             [sys.executable, BENCHMARKS / "micro.py"],
@@ -109,6 +129,70 @@ class TestMicro:
         )  # fmt: skip
         assert done.returncode == 3
         assert "needs a CUDA GPU" in done.stderr
+
+
+class TestStep:
+    """Passes of the tiny model on a CPU, whose speed says nothing and is kept nowhere."""
+
+    WORDS = (
+        "device=cpu", "presets=tiny", "paths=fused", "no_grad=1", "with_grad=1", "seconds=0",
+    )  # fmt: skip
+
+    @pytest.fixture
+    def step(self, monkeypatch):
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        import step_parity
+
+        # few tokens, whose gradients scatter more, as those of the rounding test do
+        monkeypatch.setattr(step_parity, "TOKENS", 64)
+        monkeypatch.setattr(step_parity, "RATIO", 2.0)
+        return load_module(BENCHMARKS / "step.py")
+
+    def read(self, path: Path) -> list[dict[str, str]]:
+        with path.open() as file:
+            return list(csv.DictReader(file))
+
+    def test_a_pass_without_a_kernel_stands_between_two_with_all(self, step, tmp_path, caplog):
+        dispatch._announce.cache_clear()
+        words = [*self.WORDS, "parity=0", "without=swiglu", f"results={tmp_path}"]
+        assert step.main(words) == 0
+        warned = [record.message for record in caplog.records if record.levelname == "WARNING"]
+        assert warned == ["swiglu on cpu runs as PyTorch, because PRETRAIN_KERNELS_OFF names it"]
+        assert "PRETRAIN_KERNELS_OFF" not in os.environ
+        rows = self.read(tmp_path / "ablation.csv")
+        assert [row["without"] for row in rows] == ["", "swiglu", ""]
+        rates = [float(row["tokens_per_s_per_gpu"]) for row in rows]
+        shares = [float(row["share_of_all_kernels"]) for row in rows]
+        assert shares == pytest.approx([2 * r / (rates[0] + rates[2]) for r in rates], abs=1e-4)
+        kept = [row["tokens_per_s_per_gpu"] for row in self.read(tmp_path / "step.csv")]
+        assert kept == [rows[0]["tokens_per_s_per_gpu"], rows[2]["tokens_per_s_per_gpu"]]
+
+    def test_a_path_that_is_wrong_has_no_speed(self, step, tmp_path, monkeypatch, capsys):
+        from pretrain_kernels.swiglu import reference
+
+        torch.manual_seed(0)
+        assert step.main([*self.WORDS, f"results={tmp_path}"]) == 0
+        assert len(self.read(tmp_path / "step.csv")) == 1
+        assert ": passes" in capsys.readouterr().out
+        right = reference.swiglu
+        monkeypatch.setattr(reference, "swiglu", lambda *args, **more: -right(*args, **more))
+        assert step.main([*self.WORDS, f"results={tmp_path}"]) == 1
+        said = capsys.readouterr().out
+        assert "tiny fused, precision without and with gradient same-same: FAILS" in said
+        assert "tokens/s" not in said
+        assert len(self.read(tmp_path / "step.csv")) == 1
+
+    @pytest.mark.parametrize(
+        ("words", "reason"),
+        [
+            (["without=norms"], "without=norms names norms; the ops are adamw"),
+            (["without=swiglu", "paths=compiled"], "paths=compiled has none"),
+            (["preset=tiny"], "preset=tiny is no option"),
+        ],
+    )
+    def test_what_means_nothing_is_refused(self, step, words, reason):
+        with pytest.raises(SystemExit, match=reason):
+            step.main(words)
 
 
 class TestEngine:

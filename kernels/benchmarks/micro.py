@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch._functorch.config
 
-from micro_ops import core, products, updates
+from micro_ops import attention, core, products, updates
 from micro_ops.case import HUGINN, Case
 from micro_ops.check import find_faults
 from micro_ops.clock import measure
@@ -77,7 +77,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", help="ops whose name contains this")
-    parser.add_argument("--seconds", type=float, default=240, help="for the whole run")
+    parser.add_argument("--seconds", type=float, default=420, help="for the whole run")
     parser.add_argument("--seed", type=int, help="of the random inputs; default: a fresh one")
     parser.add_argument("--results", type=Path, default=RESULTS, help="CSV to append to")
     return parser.parse_args(arguments)
@@ -85,7 +85,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def all_cases() -> Iterator[Case]:
     """Those that decide most come first, because time may run out."""
-    return chain(core.cases(HUGINN), updates.cases(HUGINN), products.cases(HUGINN))
+    parts = (core, attention, updates, products)
+    return chain.from_iterable(part.cases(HUGINN) for part in parts)
 
 
 def rows(only: str, seconds: float, device: torch.device) -> Iterator[dict[str, str]]:

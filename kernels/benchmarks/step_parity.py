@@ -24,17 +24,16 @@ DEPTHS = [Depth(3, 2), Depth(1, 2)]
 RATIO = 1.25
 # Gradients that are sums of few terms scatter: below this relative error no ratio is asked for.
 NOISE = 2e-3
-RESULTS = Path(__file__).parent / "results"
 
 
-def check_path(config: ModelConfig) -> bool:
-    """Whether a path passes; prints the worst parameters."""
+def check_path(config: ModelConfig, device: torch.device, results: Path, tag: str = "") -> bool:
+    """Whether a path passes; prints the worst parameters. `tag` goes into the file's name."""
     small = dataclasses.replace(config, prelude_layers=1, core_layers=2, coda_layers=1)
     plain = dataclasses.replace(
         small, path=ComputePath.reference, no_grad_precision=ProductPrecision.same,
         grad_precision=ProductPrecision.same,
     )  # fmt: skip
-    with torch.device("cuda"):
+    with device:
         model = RecurrentModel(plain)
     initialize(model, mean_depth=32, seed=0)
     with torch.no_grad():
@@ -43,21 +42,24 @@ def check_path(config: ModelConfig) -> bool:
             if parameter.ndim != 2:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
             parameter.copy_(parameter.bfloat16())
-    inputs = random_inputs(small)
+    inputs = random_inputs(small, device)
     exact = gradients(copy.deepcopy(model), inputs)
     rounded = errors(gradients(model.bfloat16(), inputs), exact)
     weights = model.state_dict()
     del model
     gc.collect()
-    with torch.device("cuda"):
+    with device:
         other = RecurrentModel(small).bfloat16()
     other.load_state_dict(weights)
     found = errors(gradients(other, inputs), exact)
     del other, exact
     gc.collect()
-    torch.cuda.empty_cache()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     precisions = f"{config.no_grad_precision.value}-{config.grad_precision.value}"
-    name = f"{config.path.value}, precision without and with gradient {precisions}"
+    name = (
+        f"{config.name} {config.path.value}{tag}, precision without and with gradient {precisions}"
+    )
     # three bits of mantissa instead of seven: half a unit in the last place is 16 times as large
     limit = RATIO if config.grad_precision is ProductPrecision.same else 16.0
     ratios = {key: found[key] / max(rounded[key], NOISE) for key in found}
@@ -66,18 +68,17 @@ def check_path(config: ModelConfig) -> bool:
     print(f"{name}: {'passes' if is_good else 'FAILS'}; worst of {len(ratios)} gradients:")
     for key in worst:
         print(f"  {key}: error {found[key]:.2e}, plain bf16 {rounded[key]:.2e}", flush=True)
-    with (RESULTS / f"step-parity-{config.path.value}-{precisions}.csv").open(
-        "w", newline=""
-    ) as file:
+    file_name = f"step-parity-{config.name}-{config.path.value}-{precisions}{tag}.csv"
+    with (results / file_name).open("w", newline="") as file:
         rows = [(key, f"{found[key]:.3e}", f"{rounded[key]:.3e}") for key in found]
         csv.writer(file).writerows([("gradient", "error", "plain_bf16_error"), *rows])
     return is_good
 
 
-def random_inputs(config: ModelConfig) -> dict[str, Tensor]:
+def random_inputs(config: ModelConfig, device: torch.device) -> dict[str, Tensor]:
     """Two rows of fresh random tokens."""
-    tokens = torch.randint(config.vocabulary_size, (2, TOKENS + 1), device="cuda")
-    state = torch.randn(2, TOKENS, config.width, device="cuda") * config.state_sigma
+    tokens = torch.randint(config.vocabulary_size, (2, TOKENS + 1), device=device)
+    state = torch.randn(2, TOKENS, config.width, device=device) * config.state_sigma
     return {
         "tokens": tokens[:, :-1].contiguous(),
         "labels": tokens[:, 1:].contiguous(),
@@ -104,10 +105,13 @@ def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, floa
 
 
 @torch.no_grad()
-def compare_prefix(wide: ModelConfig, narrow: ModelConfig, model: RecurrentModel) -> None:
+def compare_prefix(
+    wide: ModelConfig, narrow: ModelConfig, model: RecurrentModel, results: Path
+) -> None:
     """Cosine of the state after a float8 prefix, and the difference of the loss, by its length."""
-    tokens = torch.randint(wide.vocabulary_size, (1, wide.context + 1), device="cuda")
-    state = torch.randn(1, wide.context, wide.width, device="cuda") * wide.state_sigma
+    device = next(model.parameters()).device
+    tokens = torch.randint(wide.vocabulary_size, (1, wide.context + 1), device=device)
+    state = torch.randn(1, wide.context, wide.width, device=device) * wide.state_sigma
     inputs = {
         "tokens": tokens[:, :-1].contiguous(),
         "labels": tokens[:, 1:].contiguous(),
@@ -132,6 +136,7 @@ def compare_prefix(wide: ModelConfig, narrow: ModelConfig, model: RecurrentModel
             f"{rows[-1][2]:.6f} at least; loss {rows[-1][3]:+.2e}",
             flush=True,
         )
-    with (RESULTS / f"step-float8-{narrow.grad_precision.value}.csv").open("w", newline="") as file:
+    file_name = f"step-float8-{wide.name}-{narrow.grad_precision.value}.csv"
+    with (results / file_name).open("w", newline="") as file:
         header = ("no_grad", "cosine_mean", "cosine_min", "loss_difference")
         csv.writer(file).writerows([header, *rows])

@@ -42,7 +42,8 @@ def plot_rows() -> None:
         rows = [
             row
             for row in csv.DictReader(file)
-            if (row["gpu"], row["zero"], row["no_grad"], row["with_grad"]) == (GPU, "0", "24", "8")
+            if row["preset"] == "huginn-3.5b"
+            and (row["gpu"], row["zero"], row["no_grad"], row["with_grad"]) == (GPU, "0", "24", "8")
         ]
     curves: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
     for row in rows:

@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 CLASSES = (
-    ("attention", r"fmha|flash|sdpa|cudnn.*(attn|sm90)"),
+    ("attention", r"fmha|flash|flex|sdpa|cudnn.*(attn|sm90)"),
     ("float8 product", r"e4m3|f8|fp8"),
     ("matrix product", r"gemm|cutlass|nvjet|cublas|xmma|splitk"),
     ("norm chain", r"chain|norm"),

@@ -11,6 +11,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from pretrain.model.rotary import angles
 
@@ -39,21 +40,32 @@ class Mask:
             None if self.positions_BT is None else self.positions_BT[index],
         )
 
+    def sees(self, row: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """What the specification means: whether a query of a row sees a key.
+
+        All three are indices, whose shapes broadcast against each other.
+        """
+        if self.positions_BT is not None:
+            return key <= self.positions_BT[row, query]
+        is_seen = key <= query
+        if self.prefixes_B is not None:
+            is_seen = is_seen | (key < self.prefixes_B[row])
+        if self.segments_BT is not None:
+            is_seen = is_seen & (self.segments_BT[row, query] == self.segments_BT[row, key])
+        return is_seen
+
     def allowed(self, keys: int, device: torch.device) -> Tensor:
-        """What the specification means, as booleans [B or 1, 1, Q, T].
+        """`sees` of all rows, queries and keys, as booleans [B or 1, 1, Q, T].
 
         The queries are the keys, but for those with positions, which may be fewer.
         """
-        key_T = torch.arange(keys, device=device)
-        if self.positions_BT is not None:
-            return (key_T <= self.positions_BT[..., None])[:, None]
-        allowed_BQT = (key_T <= key_T[:, None])[None]
-        if self.prefixes_B is not None:
-            allowed_BQT = allowed_BQT | (key_T < self.prefixes_B[:, None, None])
-        if self.segments_BT is not None:
-            is_same_BQT = self.segments_BT[:, :, None] == self.segments_BT[:, None, :]
-            allowed_BQT = allowed_BQT & is_same_BQT
-        return allowed_BQT[:, None]
+        by_row = (self.segments_BT, self.prefixes_B, self.positions_BT)
+        rows = max(1 if part is None else len(part) for part in by_row)
+        queries = keys if self.positions_BT is None else self.positions_BT.shape[1]
+        row_B11 = torch.arange(rows, device=device)[:, None, None]
+        query_Q1 = torch.arange(queries, device=device)[:, None]
+        allowed_BQT = self.sees(row_B11, query_Q1, torch.arange(keys, device=device))
+        return allowed_BQT.expand(rows, queries, keys)[:, None]
 
 
 @dataclass(frozen=True)
@@ -85,6 +97,18 @@ class Layout:
     def matrix(self) -> Tensor:
         """The mask as booleans over queries and keys; built once for all layers."""
         return self.mask.allowed(self.keys or self.cos_BTP.shape[1], self.cos_BTP.device)
+
+    @cached_property
+    def blocks(self) -> BlockMask:
+        """The mask as FlexAttention takes it: which blocks of queries and keys to visit, and which
+        of those need `sees`; built once for all layers.
+        """
+        mask, (rows, tokens, _) = self.mask, self.cos_BTP.shape
+
+        def is_seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return mask.sees(row, query, key)
+
+        return create_block_mask(is_seen, rows, None, tokens, tokens, self.cos_BTP.device)
 
 
 def split_documents(documents_BT: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,10 @@
 Each backend is a pair of functions on [B, H, T, K] views of the packed projection, so nothing is
 copied to reach it. Which one is best at the model's shapes was measured:
 kernels/benchmarks/results/micro.csv.
+
+FlexAttention alone has no public backward pass. There autograd records that one op, on views that
+belong to nobody else: it keeps q, k and v (the packed projection), the output and the logarithms of
+sums of exponentials, which is what the other backends keep, and nothing is run again.
 """
 
 # B rows  T tokens  H heads  K head width
@@ -16,12 +20,16 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from pretrain.model.layout import Layout
+from pretrain_kernels.dispatch import has_triton
 
 log = logging.getLogger(__name__)
 
 _aten = torch.ops.aten
+# queries and keys of a block of FlexAttention's mask, torch's default
+BLOCK = 128
 
 
 class Attended(NamedTuple):
@@ -42,13 +50,13 @@ class Backend:
 
 def choose_backend(q_BHTK: Tensor, layout: Layout) -> Backend:
     """The kernel for this dtype, device and mask; said once in the log."""
-    if not layout.mask.is_causal:
-        backend = REPLAYED
-    elif not q_BHTK.is_cuda:
-        backend = CPU
+    if not q_BHTK.is_cuda:
+        backend = CPU if layout.mask.is_causal else REPLAYED
     elif q_BHTK.dtype.itemsize != 2 or q_BHTK.shape[-1] % 8:
         # no kernel here takes head widths that are no multiple of 8: torch pads them
         backend = REPLAYED
+    elif not layout.mask.is_causal:
+        backend = FLEX if _is_for_flex(q_BHTK) else REPLAYED
     elif torch.are_deterministic_algorithms_enabled():
         # which cuDNN refuses
         backend = FLASH
@@ -56,6 +64,16 @@ def choose_backend(q_BHTK: Tensor, layout: Layout) -> Backend:
         backend = CUDNN
     _announce(backend.name, q_BHTK.device.type, layout.mask.is_causal)
     return backend
+
+
+def _is_for_flex(q_BHTK: Tensor) -> bool:
+    """Whether FlexAttention is compiled for these heads on a GPU.
+
+    Triton compiles it, for products of 16 channels or more. Rows to train on are whole blocks;
+    items of an evaluation have any length, and would be compiled over and over.
+    """
+    _, _, tokens, head_width = q_BHTK.shape
+    return has_triton() and head_width >= 16 and tokens % BLOCK == 0
 
 
 @functools.cache
@@ -118,6 +136,34 @@ def _cpu_backward(
     return gradients
 
 
+def _flex_forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Attended:
+    with torch.enable_grad():
+        leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))
+        recorded = _flex(q.device.type)(*leaves, block_mask=layout.blocks)
+    return Attended(recorded.detach(), (recorded, leaves))
+
+
+def _flex_backward(
+    dmixed: Tensor, q: Tensor, k: Tensor, v: Tensor, attended: Attended, layout: Layout
+) -> tuple[Tensor, Tensor, Tensor]:
+    recorded, leaves = attended.statistics
+    dq, dk, dv = torch.autograd.grad(recorded, leaves, dmixed)
+    return _by_channel(dq), _by_channel(dk), _by_channel(dv)
+
+
+@functools.cache
+def _flex(device: str) -> Callable[..., Any]:
+    """Compiled for GPUs: for the rows of the first call, for any number of rows, and for one row.
+
+    Elsewhere the op as it is, in plain PyTorch; nobody is sent there but by tests.
+    """
+    if device != "cuda":
+        return flex_attention
+    # fullgraph: one compilation too many is an error, and not the plain op, in silence
+    compiled: Callable[..., Any] = torch.compile(flex_attention, fullgraph=True)
+    return compiled
+
+
 def _replayed_forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Attended:
     mask = None if layout.mask.is_causal else layout.matrix
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
@@ -143,6 +189,7 @@ def _by_channel(gradient_BHTK: Tensor) -> Tensor:
 CUDNN = Backend("cuDNN", _cudnn_forward, _cudnn_backward)
 FLASH = Backend("FlashAttention 2", _flash_forward, _flash_backward)
 CPU = Backend("the CPU's flash kernel", _cpu_forward, _cpu_backward)
+FLEX = Backend("FlexAttention", _flex_forward, _flex_backward)
 # Any mask, any dtype: torch picks the kernel, and the backward pass runs it once more.
 REPLAYED = Backend("torch's choice, run again in the backward pass", _replayed_forward,
                    _replayed_backward)  # fmt: skip

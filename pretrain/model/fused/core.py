@@ -73,6 +73,8 @@ class Recurrence:
     see: Callable[[int, Tensor], None]
     """Called with the number of iterations done and the active rows' state [A, T, D]."""
     passes: list[Pass] = field(default_factory=list)
+    places: dict[int, Place] = field(default_factory=dict)
+    """By the number of active rows."""
     injected_BTD: Tensor | None = None
     """A_e e, while there is something to compute again."""
     float8: list[Float8Weights] | None = None
@@ -108,7 +110,7 @@ class Recurrence:
         state_ATD = start_BTD[:0]
         for left in range(total, 0, -1):
             state_ATD = self._join(state_ATD, start_BTD, left)
-            place = Place(self.layout.rows(slice(len(state_ATD))), self.epsilon)
+            place = self._place(len(state_ATD))
             has_grad = left <= self.gradient_iterations
             state_ND = _flat(state_ATD)
             after_ND, kept = self.iterate(
@@ -193,6 +195,14 @@ class Recurrence:
         is_over_A11 = torch.tensor(is_over, device=dstate_ATD.device)[:, None, None]
         return dstate_ATD.masked_fill(is_over_A11, 0)
 
+    def _place(self, active: int) -> Place:
+        """Of the first rows: the same object each time, because masks are built once for each."""
+        if active not in self.places:
+            is_all = active == len(self.depths)
+            layout = self.layout if is_all else self.layout.rows(slice(active))
+            self.places[active] = Place(layout, self.epsilon)
+        return self.places[active]
+
     def _float8(self, index: int) -> Float8Weights:
         assert self.float8 is not None
         return self.float8[index]
@@ -262,6 +272,7 @@ class _Core(Function):
             if recurrence.passes:
                 dstate_ATD = dsum_ND.mm(on_state_DD).view_as(dstate_ATD)
         recurrence.float8 = recurrence.injected_BTD = None
+        recurrence.places.clear()
         dinjected_ND = _flat(dinjected_BTD).to(embedded_BTD.dtype)
         sums.add_product(adapter, dinjected_ND, _flat(embedded_BTD), slice(width, 2 * width))
         dembedded_BTD = dinjected_ND.mm(on_embedded_DD).view_as(embedded_BTD)
