@@ -50,6 +50,8 @@ class Case:
     registers: int
     scalar_accesses: int
     """Loads and stores of one number a row: 1 / RMS and scales."""
+    launches: int = 1
+    """Kernels, each of which must do."""
 
 
 CASES = {
@@ -84,6 +86,9 @@ CASES = {
         "qk_rope", lambda op: op.qk_rope_backward(DQ, DQ, DQ, COS, COS, dbias_2HK=DBIAS), 64, 0
     ),
     "quantize rows": Case("quantize_rows", lambda op: op.quantize_rows(X), 64, 1),
+    "quantize both ways": Case(
+        "quantize_both_ways", lambda op: op.quantize_both_ways(meta(2 * INNER, D)), 96, 5, 4
+    ),
 }  # fmt: skip
 
 
@@ -102,12 +107,17 @@ def test_no_spills_and_wide_accesses(name: str, launches: ModuleType) -> None:
     module = importlib.import_module(f"pretrain_kernels.{case.op}.triton")
     with launches.recorded(module) as recorded:
         case.call(module)
-    (launch,) = recorded
-    machine = launches.compiled(launch)
+    assert len(recorded) == case.launches
+    for launch in recorded:
+        check_machine(launches.compiled(launch), case)
+
+
+def check_machine(machine: Any, case: Case) -> None:
     assert machine.spilled_accesses == 0, machine
     assert machine.registers <= case.registers, machine
     assert machine.vector_loads > 0, machine
-    assert machine.vector_stores > 0, machine
+    # one kernel gives its results to atomic maxima
+    assert machine.vector_stores > 0 or machine.stores == 0, machine
     narrow = machine.loads - machine.vector_loads + machine.stores - machine.vector_stores
     assert narrow <= case.scalar_accesses, machine
 

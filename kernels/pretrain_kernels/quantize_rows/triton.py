@@ -26,7 +26,18 @@ def scale_of_row(x):
         bits = tl.max(x.to(tl.int16, bitcast=True) & 0x7FFF, 0).to(tl.int16)
     else:
         bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
-    scale = bits.to(x.dtype, bitcast=True).to(tl.float32) * _RECIPROCAL
+    return _scale_of(bits.to(x.dtype, bitcast=True).to(tl.float32))
+
+
+@triton.jit
+def scale_of_bits(bits):
+    """The same of largest magnitudes that are given as the bits of float32 numbers."""
+    return _scale_of(bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _scale_of(largest):
+    scale = largest * _RECIPROCAL
     return tl.where(scale < _SMALLEST_SCALE, _SMALLEST_SCALE, scale)
 
 
