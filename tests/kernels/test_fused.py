@@ -173,7 +173,7 @@ def test_chain_backward(
 
 def test_chain_backward_of_more_rows_than_programs() -> None:
     rows, width = WALKED
-    assert num_walkers(next_power_of_2(width), rows) < rows
+    assert num_walkers(next_power_of_2(width), rows, programs=1) < rows
     check_chain_backward(rows, width, DTYPES[-1], has_a=True, has_b=True, has_dx=True)
 
 
