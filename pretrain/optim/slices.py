@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pretrain_kernels.spans import Piece, Spans
+
 
 class Fragment(NamedTuple):
     """A piece of one tensor that lies contiguously in a partition."""
@@ -76,3 +78,28 @@ def unsharded(parameters: Sequence[Tensor]) -> Layout:
         whole = Fragment(tensor=0, tensor_start=0, partition_start=0, numel=parameter.numel())
         partitions.append(Partition(parameter, (info,), (whole,)))
     return Layout(partitions, lambda _: None)
+
+
+class SpanTables:
+    """Where the tensors of partitions lie, as kernels read it: made once for each partition."""
+
+    def __init__(self) -> None:
+        self._known: dict[Tensor, Spans] = {}
+
+    def of(self, partition: Partition) -> Spans:
+        """The same object as long as the same pieces lie in the same flat tensor."""
+        flat = partition.flat
+        pieces = tuple(
+            Piece(fragment.tensor, fragment.partition_start, fragment.numel)
+            for fragment in partition.fragments
+        )
+        known = self._known.get(flat)
+        if known is None or known.pieces != pieces:
+            known = Spans(pieces, len(partition.tensors), flat.device)
+            self._known[flat] = known
+        return known
+
+
+def in_line(tensor: Tensor) -> Tensor:
+    """The same memory in one dimension, without gradient."""
+    return tensor.detach().view(-1)

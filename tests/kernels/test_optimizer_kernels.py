@@ -6,7 +6,10 @@ Tests marked gpu run on CUDA, or on the CPU in Triton's interpreter (test_in_the
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pretrain.optim.adamw import AdamW
 from pretrain.optim.ellis_adam import EllisAdam
 from pretrain.testing import load_module
 from pretrain_kernels.adamw import adamw_
@@ -256,8 +260,15 @@ class TestKernels:
         sums = update_moments(none, none, none, spans, is_start=True, **MOMENTS)
         assert sums.tolist() == [0.0, 0.0]
 
-    @pytest.mark.parametrize("clips", [True, False])
-    def test_the_optimizer_follows_float64(self, clips: bool) -> None:
+    @pytest.mark.parametrize(
+        "build",
+        [
+            partial(EllisAdam, update_clipping=True),
+            partial(EllisAdam, update_clipping=False),
+            AdamW,
+        ],
+    )
+    def test_the_optimizer_follows_float64(self, build: Callable[..., Any]) -> None:
         results = []
         for dtype in (torch.float32, torch.float64):
             random = torch.Generator().manual_seed(0)
@@ -266,7 +277,7 @@ class TestKernels:
                 torch.randn(shape, generator=random).to(DEVICE, dtype).requires_grad_()
                 for shape in shapes
             ]
-            optimizer = EllisAdam(weights, lr=3e-3, weight_decay=0.05, update_clipping=clips)
+            optimizer = build(weights, lr=3e-3, weight_decay=0.05)
             for step in range(5):
                 for weight in weights:
                     gradient = torch.randn(weight.shape, generator=random) * 4.0**step
@@ -311,7 +322,7 @@ class TestWithoutGpu:
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        assert "11 passed" in done.stdout
+        assert "12 passed" in done.stdout
 
     @pytest.mark.skipif(is_interpreted(), reason="compiles")
     @pytest.mark.parametrize(
