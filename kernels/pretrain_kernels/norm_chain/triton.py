@@ -17,6 +17,9 @@ from pretrain_kernels.launch import next_power_of_2, num_walkers, num_warps
 from pretrain_kernels.norm_chain.reference import Chained
 from pretrain_kernels.quantize_rows.triton import quantized, scale_of_row
 
+# Elements a thread of the forward kernels: results/micro.csv, norm_chain at 4096x5280 (86 % of a
+# copy's bandwidth). Other numbers: kernels/benchmarks/tune.py --only norm_chain
+FORWARD_ELEMENTS = 32
 # Of the walking programs: elements a thread, rows in flight or in work, and programs a
 # multiprocessor by the number of norms. At 32 elements a thread has 243 registers with two norms
 # and 128 with one (tests/kernels/test_compiled.py), so 8 and 16 warps fit; with 16 elements a
@@ -224,7 +227,7 @@ def norm_chain(
                 epsilon,
                 D=width,
                 BLOCK=block,
-                num_warps=num_warps(block),
+                num_warps=num_warps(block, elements_per_thread=FORWARD_ELEMENTS),
                 # a fused multiply-add would skip the rounding of a float32 product before its sum
                 enable_fp_fusion=False,
             )
@@ -255,7 +258,7 @@ def norm_chain_output(
                 out,
                 D=width,
                 BLOCK=block,
-                num_warps=num_warps(block),
+                num_warps=num_warps(block, elements_per_thread=FORWARD_ELEMENTS),
             )
     return out
 

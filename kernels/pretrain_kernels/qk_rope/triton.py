@@ -14,15 +14,16 @@ from torch import Tensor
 
 from pretrain_kernels.column_sums_triton import add_columns
 
-# 16 bytes of bf16 for each of 128 threads; 10,560 = 10.3 x 1,024
+# Forward: 16 bytes of bf16 for each of 128 threads; 10,560 = 10.3 x 1,024. results/micro.csv,
+# qk_rope at 4096x3x55x96: 84 % of a copy's bandwidth.
 PAIRS, NUM_WARPS = 512, 4
 # Programs that walk over tokens, for each block of columns. A constant, because they sum the
 # bias's gradient on the way and their number decides how it is rounded.
 WALKERS = 64
-# Tokens of a walking program in flight or in work, and its warps: 8 pairs of a token a thread.
-# Compiled for sm_90 that is 163 instructions, where 4 warps have 108 for 4 pairs. Not yet measured
-# on a GPU: kernels/benchmarks/tune.py --only qk_rope
-BACKWARD_STAGES, BACKWARD_WARPS = 3, 2
+# Tokens of a walking program in flight or in work, its pairs and its warps: 8 pairs of a token a
+# thread. Compiled for sm_90 that is 163 instructions, where 4 warps have 108 for 4 pairs. Not yet
+# measured on a GPU: kernels/benchmarks/tune.py --only qk_rope
+BACKWARD_STAGES, BACKWARD_PAIRS, BACKWARD_WARPS = 3, 512, 2
 
 
 @triton.jit
@@ -191,7 +192,7 @@ def qk_rope_backward(
         None if dbias_2HK is None else dbias_2HK.new_empty(programs, 2, heads, head_width)
     )
     gradients = (dq_BTHK, dk_BTHK, dv_BTHK)
-    blocks = triton.cdiv(heads * head_width, 2 * PAIRS)
+    blocks = triton.cdiv(heads * head_width, 2 * BACKWARD_PAIRS)
     with torch.cuda.device_of(dq_BTHK):
         _backward[(blocks, 3, programs)](
             *gradients,
@@ -206,7 +207,7 @@ def qk_rope_backward(
             P=head_width // 2,
             PROGRAMS=programs,
             STAGES=BACKWARD_STAGES,
-            PAIRS=PAIRS,
+            PAIRS=BACKWARD_PAIRS,
             num_warps=BACKWARD_WARPS,
         )
         if dbias_2HK is not None and partial_P2HK is not None:
