@@ -471,7 +471,9 @@ def test_sizes_past_two_to_the_31() -> None:
     assert_same_fp8(Fp8(*(t[last] for t in quantize_rows(x))), quantize_rows(part))
     by_row, by_column = quantize_both_ways(x)
     assert_same_fp8(Fp8(*(t[last] for t in by_row)), quantize_rows(part))
-    assert_same_fp8(by_column, quantize_rows(x.t().contiguous()))
+    # one program holds a row of quantize_rows, so PyTorch does the long columns
+    columns = quantize_reference.quantize_rows(x[:, -4:].t().contiguous())
+    assert_same_fp8(Fp8(*(t[-4:] for t in by_column)), columns)
     del by_row, by_column
     # 3 x 8,192 values a token; qk_rope_ writes in place
     tokens = rows // 3
