@@ -1,11 +1,13 @@
 """Benchmarks run where there is no GPU, and say of every row what it measured."""
 
 import csv
+import importlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -76,17 +78,18 @@ class TestMicro:
     def test_every_provider_agrees_with_float64(self, cases):
         from micro_ops.check import find_faults
 
-        torch.manual_seed(0)
         ops = set()
         for case in cases.values():
+            # of its own, so that one more case changes no other's numbers
+            torch.manual_seed(0)
             assert find_faults(case, torch.device("cpu")) == {}, case.op
             ops.add(case.op)
         assert ops == {
             "rms_norm", "rms_norm backward", "norm_chain", "norm_chain backward", "qk_rope",
-            "qk_rope backward", "swiglu", "swiglu backward", "quantize_rows", "norm_chain fp8",
-            "swiglu fp8", "cross_entropy nats", "cross_entropy gradient", "ellis_adam",
-            "ellis_adam clipped and rounded", "add_gradient first", "add_gradient", "square_sums",
-            "adamw with norms", "linear_cross_entropy both ways", "gemm",
+            "qk_rope backward", "swiglu", "swiglu backward", "quantize_rows", "quantize_both_ways",
+            "norm_chain fp8", "swiglu fp8", "cross_entropy nats", "cross_entropy gradient",
+            "ellis_adam", "ellis_adam clipped and rounded", "add_gradient first", "add_gradient",
+            "square_sums", "adamw with norms", "linear_cross_entropy both ways", "gemm",
             "gemm fp8, row-wise", "weight gradient, float32 sum", "attention", "attention backward",
             "attention in documents", "attention in documents backward",
         }  # fmt: skip
@@ -279,6 +282,70 @@ class TestEngine:
         for other in (row, row | {"scope": "row", "share_of_bare": 0.5}, two):
             engine.append(table, other)
         assert engine.against_one_gpu(table, two) == 0.98
+
+
+class TestTune:
+    """Everything of the tuning but the clock."""
+
+    @pytest.fixture
+    def tune(self, monkeypatch):
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        return importlib.import_module("tune")
+
+    def test_every_constant_of_a_sweep_changes_what_is_launched(self, tune, monkeypatch):
+        pytest.importorskip("triton", reason="triton is not installed")
+        launches = load_module(Path(__file__).parent / "kernels/launches.py")
+        # kernels are recorded, so tensors without memory do
+        monkeypatch.setattr("pretrain_kernels.dispatch.is_fused", lambda *tensors: True)
+        sums = [
+            importlib.import_module(f"pretrain_kernels.{name}")
+            for name in ("column_sums_triton", "spans_triton")
+        ]
+        meta = torch.device("meta")
+
+        def launched(sweep, ours, inputs, constants):
+            module = importlib.import_module(sweep.module)
+            with launches.recorded(module) as found, ExitStack() as stack:
+                for other in sums:
+                    stack.enter_context(launches.recorded(other))
+                tune.under(sweep.module, constants, ours)(inputs)()
+            return {
+                (launch.kernel.__name__, name, str(value))
+                for launch in found
+                for name, value in (launch.values | launch.options).items()
+                if not isinstance(value, torch.Tensor)
+            }
+
+        for sweep in tune.SWEEPS:
+            [case] = [case for case in tune.all_cases() if case.op == sweep.op]
+            inputs, used = case.make(case.check_size or case.size, meta), sweep.in_use()
+            ours = case.providers["ours"]
+            before = launched(sweep, ours, inputs, used)
+            assert before, sweep.op
+            for name, values in sweep.axes.items():
+                assert used[name] in values, f"{sweep.op}: {name}={used[name]} is not tried"
+                for value in set(map(str, values)) - {str(used[name])}:
+                    other = next(each for each in values if str(each) == value)
+                    after = launched(sweep, ours, inputs, {**used, name: other})
+                    assert after != before, f"{sweep.op}: {name}={value} changes nothing"
+            assert sweep.in_use() == used
+
+    def test_candidates_are_checked_beside_eager(self, tune):
+        sweep = next(sweep for sweep in tune.SWEEPS if sweep.op == "quantize_both_ways")
+        case = tune.with_candidates(sweep)
+        names = list(case.providers)
+        # what is in use comes first, and once
+        assert names[:2] == ["eager", "ROWS=64 COLUMNS=128 NUM_WARPS=4"]
+        assert len(names) == len(set(names)) == 1 + 2 * 2 * 3
+
+    def test_without_a_gpu_it_says_so(self):
+        done = subprocess.run(
+            [sys.executable, BENCHMARKS / "tune.py"],
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 3
+        assert "needs a CUDA GPU" in done.stderr
 
 
 def test_the_page_of_kernels_says_what_was_measured():

@@ -21,7 +21,8 @@ LAYERS = {"pretrain_kernels": 0, "model": 1, "data": 1, "optim": 1, "engine": 2,
 
 
 def module_name(path: Path) -> str:
-    relative = path.relative_to(ROOT / ("kernels" if "kernels" in path.parts else "."))
+    kernels = ROOT / "kernels"
+    relative = path.relative_to(kernels if path.is_relative_to(kernels) else ROOT)
     return ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
 
 

@@ -4,9 +4,8 @@
 # programs that walk over rows sum gradients of gains on the way, so their number decides how
 # those are rounded.
 _MULTIPROCESSORS = 132
-# Elements of all the walking programs that one multiprocessor holds at a time: at 126 registers
-# for each of 512 threads (tests/kernels/test_compiled.py) one program of 8,192.
-_RESIDENT = 8192
+# The block of huginn-3.5b's width, for which programs a multiprocessor are counted.
+_BLOCK = 8192
 
 
 def next_power_of_2(number: int) -> int:
@@ -19,6 +18,9 @@ def num_warps(block: int, *, elements_per_thread: int = 32) -> int:
     return max(1, min(16, block // (32 * elements_per_thread)))
 
 
-def num_walkers(block: int, rows: int) -> int:
-    """Programs that walk over `rows`, each with a block of so many elements in registers."""
-    return min(rows, _MULTIPROCESSORS * max(1, min(16, _RESIDENT // block)))
+def num_walkers(block: int, rows: int, programs: int) -> int:
+    """Programs that walk over `rows`, each with a block of so many elements in registers.
+
+    `programs`: how many share a multiprocessor with a block of 8,192, more with a smaller one.
+    """
+    return min(rows, _MULTIPROCESSORS * max(1, min(16, programs * _BLOCK // block)))

@@ -27,7 +27,6 @@ from pretrain.model.block import SandwichBlock
 from pretrain.model.config import ComputePath
 from pretrain.model.recurrent import Output, RecurrentCore, RecurrentModel
 from pretrain.optim.build import build_optimizer
-from pretrain.optim.ellis_adam import EllisAdam
 from pretrain.optim.part_norms import PartNorms
 from pretrain.optim.slices import Layout, TensorInfo
 
@@ -71,8 +70,7 @@ class Engine:
         self.module: RecurrentModel = self._engine.module
         partitions = find_partitions(self._engine.optimizer, names, rank=world.rank)
         self.layout = Layout(partitions, dist.all_reduce)
-        if isinstance(self.optimizer, EllisAdam):
-            self.optimizer.layout = self.layout
+        self.optimizer.layout = self.layout
         self._part_norms = PartNorms(self.optimizer, self.layout)
         self._gradient_clip = config.optimizer.gradient_clip
         self._update = self._take_over()
@@ -106,7 +104,8 @@ class Engine:
         """Reduce, clip and apply the gradient, or drop it everywhere if it is not finite.
 
         `drops_update`, equal on all ranks, drops it in any case. `measures_parts`, equal too, adds
-        nothing where the update is ours, else one pass over this rank's share of the gradient.
+        nothing where the update is ours, else one pass over this rank's share of the gradient
+        (none with AdamW, whose update sums the squares on its way) and a sum of five numbers.
         """
         assert self._micro_step == self.micro_steps, "step before the last backward pass"
         self._micro_step = 0
@@ -175,10 +174,7 @@ class Engine:
         if not moments:
             self.optimizer.state.pop(flat, None)
             return
-        is_fused = any(group.get("fused") for group in self.optimizer.param_groups)
-        step = torch.tensor(
-            float(steps), dtype=torch.float32, device=flat.device if is_fused else "cpu"
-        )
+        step = torch.tensor(float(steps), dtype=torch.float32)
         self.optimizer.state[flat] = {"step": step, **moments}
 
     def _start_deepspeed(self, model: RecurrentModel, config: TrainConfig) -> Any:

@@ -16,8 +16,7 @@ def build_optimizer(
 ) -> EllisAdam | AdamW:
     """The configured optimizer over `model.named_parameters()`.
 
-    Its rate is the peak rate until the engine sets another. AdamW is torch's own: its rule is
-    elementwise, so it is right on flat partitions as it is.
+    Its rate is the peak rate until the engine sets another.
     """
     groups = parameter_groups(parameters, weight_decay=config.weight_decay)
     if isinstance(config, EllisAdamConfig):
@@ -32,14 +31,13 @@ def build_optimizer(
             running_init=config.running_init,
         )
     if isinstance(config, AdamWConfig):
-        # Fused: one kernel without temporaries of the size of the model.
         return AdamW(
             groups,
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
-            betas=(config.beta1, config.beta2),
-            eps=config.epsilon,
-            fused=True,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            epsilon=config.epsilon,
         )
     raise ConfigError(
         f"optimizer={type(config).__name__} ({config.name}) is unknown; choose "

@@ -53,15 +53,14 @@ def _add(
     state: dict[str, Tensor],
     clip: Tensor | None,
 ) -> None:
-    beta2 = group["beta2"] if "beta2" in group else group["betas"][1]
-    correction = (1 - beta2 ** float(state["step"])) ** -0.5
+    correction = (1 - group["beta2"] ** float(state["step"])) ** -0.5
     square = state["exp_avg_sq"].view(-1)
     for fragment in partition.fragments:
         part = PARTS.index(part_of(partition.tensors[fragment.tensor].name))
         rate = group["lr"] if clip is None else group["lr"] / clip[fragment.tensor]
         sums[1, part] += fragment.numel
         for chunk in partition.piece(fragment, square).split(CHUNK_ELEMENTS):
-            deviation = chunk.sqrt().mul_(correction).add_(group.get("eps", 0.0))
+            deviation = chunk.sqrt().mul_(correction).add_(group.get("epsilon", 0.0))
             sums[0, part] += rate * deviation.reciprocal_().sum(dtype=torch.float64)
 
 

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pretrain.optim.slices import Layout, Partition, unsharded
+from pretrain.optim.slices import Layout, Partition, SpanTables, in_line, unsharded
 from pretrain_kernels.ellis_adam import update_moments, update_weights
-from pretrain_kernels.spans import Spans
 
 
 class EllisAdam(Optimizer):
@@ -60,7 +59,7 @@ class EllisAdam(Optimizer):
         self.is_held = False
         # Divisors of the rate of each tensor of a partition at its last update.
         self.clips: dict[Tensor, Tensor] = {}
-        self._spans: dict[Tensor, Spans] = {}
+        self._spans = SpanTables()
         # This rank's sums of g^2 / v of each tensor of a partition at its last update, fp64.
         self._ratios: dict[Tensor, Tensor] = {}
 
@@ -105,10 +104,10 @@ class EllisAdam(Optimizer):
         state["step"] += 1
         assert flat.grad is not None
         self._ratios[flat] = update_moments(
-            _line(flat.grad),
-            _line(state["exp_avg"]),
-            _line(state["exp_avg_sq"]),
-            self._spans_of(partition),
+            in_line(flat.grad),
+            in_line(state["exp_avg"]),
+            in_line(state["exp_avg_sq"]),
+            self._spans.of(partition),
             beta1=group["beta1"],
             beta2=group["beta2"],
             floor=group["floor"],
@@ -143,24 +142,12 @@ class EllisAdam(Optimizer):
         keep = 1 - group["lr"] / group["peak"] * group["weight_decay"]
         correction = (1 - group["beta2"] ** updates) ** -0.5
         update_weights(
-            _line(partition.flat),
-            _line(state["exp_avg"]),
-            _line(state["exp_avg_sq"]),
+            in_line(partition.flat),
+            in_line(state["exp_avg"]),
+            in_line(state["exp_avg_sq"]),
             etas,
-            self._spans_of(partition),
+            self._spans.of(partition),
             keep=keep,
             correction=correction,
             rounded=rounded,
         )
-
-    def _spans_of(self, partition: Partition) -> Spans:
-        """The same object as long as the same pieces lie in the same flat tensor."""
-        known = self._spans.get(partition.flat)
-        if known is None or known.pieces != partition.pieces():
-            known = self._spans[partition.flat] = partition.spans()
-        return known
-
-
-def _line(tensor: Tensor) -> Tensor:
-    """The same memory in one dimension."""
-    return tensor.detach().view(-1)

@@ -1,21 +1,23 @@
 """The gradient's norm by part of the model, from the pieces that a sharded optimizer is given."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pretrain.optim.adamw import AdamW
 from pretrain.optim.effective_rate import PARTS, part_of
 from pretrain.optim.slices import Layout, Partition
 
 
 class PartNorms:
-    """Reads the gradient just before the optimizer does, in the steps that ask for it.
+    """The gradient as the optimizer gets it, in the steps that ask for it.
 
-    There every ZeRO stage holds it in fp32, summed over ranks and once over all of them. A stage
-    that calls the optimizer several times a step (ZeRO-3, once per piece) adds up.
+    Every ZeRO stage holds it there in fp32, summed over ranks and once over all of them. A stage
+    that calls the optimizer several times a step (ZeRO-3, once per piece) adds up. AdamW sums
+    squares while it updates; for others, and where an update is held, they are read just before.
     """
 
     def __init__(self, optimizer: Optimizer, layout: Layout) -> None:
@@ -24,7 +26,8 @@ class PartNorms:
             len(PARTS), dtype=torch.float64, device=layout.partitions[0].flat.device
         )
         self._is_wanted = self._has_seen = False
-        optimizer.register_step_pre_hook(self._see)
+        optimizer.register_step_pre_hook(self._read)
+        optimizer.register_step_post_hook(self._take_over)
 
     def begin(self) -> None:
         """Measure the step that comes; all ranks must."""
@@ -44,23 +47,35 @@ class PartNorms:
         return named_norms(self._sums)
 
     @torch.no_grad()
-    def _see(self, optimizer: Optimizer, *_: Any) -> None:
-        if not self._is_wanted:
-            return
-        self._has_seen = True
-        for group in optimizer.param_groups:
-            for flat in group["params"]:
-                if flat.grad is not None:
-                    self._add(self._layout.partition_of(flat))
+    def _read(self, optimizer: Optimizer, *_: Any) -> None:
+        if self._is_wanted and not _sums_squares(optimizer):
+            for partition in self._with_gradient(optimizer):
+                self._add_gradient(partition)
 
-    def _add(self, partition: Partition) -> None:
+    @torch.no_grad()
+    def _take_over(self, optimizer: Optimizer, *_: Any) -> None:
+        if self._is_wanted and _sums_squares(optimizer):
+            for partition in self._with_gradient(optimizer):
+                self._add(
+                    optimizer.squares[partition.flat], range(len(partition.tensors)), partition
+                )
+
+    def _with_gradient(self, optimizer: Optimizer) -> list[Partition]:
+        self._has_seen = True
+        flats = [flat for group in optimizer.param_groups for flat in group["params"]]
+        return [self._layout.partition_of(flat) for flat in flats if flat.grad is not None]
+
+    def _add_gradient(self, partition: Partition) -> None:
         gradient = partition.flat.grad
         assert gradient is not None
-        if not partition.fragments:
-            return
-        pieces = [partition.piece(piece, gradient.view(-1)) for piece in partition.fragments]
-        names = [partition.tensors[piece.tensor].name for piece in partition.fragments]
-        squares = torch.stack(torch._foreach_norm(pieces)).double().square()
+        if partition.fragments:
+            pieces = [partition.piece(piece, gradient.view(-1)) for piece in partition.fragments]
+            squares = torch.stack(torch._foreach_norm(pieces)).double().square()
+            self._add(squares, [piece.tensor for piece in partition.fragments], partition)
+
+    def _add(self, squares: Tensor, tensors: Sequence[int], partition: Partition) -> None:
+        """Sums of squares, fp64, and which of the partition's tensors each belongs to."""
+        names = [partition.tensors[tensor].name for tensor in tensors]
         self._sums += sum_by_part(names, squares)
 
 
@@ -75,3 +90,7 @@ def named_norms(sums: Tensor) -> dict[str, float]:
     """gradient/norm_PART, from each part's sum of squares."""
     norms = sums.sqrt().tolist()
     return {f"gradient/norm_{part}": norm for part, norm in zip(PARTS, norms, strict=True)}
+
+
+def _sums_squares(optimizer: Optimizer) -> TypeGuard[AdamW]:
+    return isinstance(optimizer, AdamW) and not optimizer.is_held

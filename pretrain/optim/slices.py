@@ -89,3 +89,23 @@ def unsharded(parameters: Sequence[Tensor]) -> Layout:
         whole = Fragment(tensor=0, tensor_start=0, partition_start=0, numel=parameter.numel())
         partitions.append(Partition(parameter, (info,), (whole,)))
     return Layout(partitions, lambda _: None)
+
+
+class SpanTables:
+    """Where the tensors of partitions lie, as kernels read it: made once for each partition."""
+
+    def __init__(self) -> None:
+        self._known: dict[Tensor, Spans] = {}
+
+    def of(self, partition: Partition) -> Spans:
+        """The same object as long as the same pieces lie in the same flat tensor."""
+        flat = partition.flat
+        known = self._known.get(flat)
+        if known is None or known.pieces != partition.pieces():
+            known = self._known[flat] = partition.spans()
+        return known
+
+
+def in_line(tensor: Tensor) -> Tensor:
+    """The same memory in one dimension, without gradient."""
+    return tensor.detach().view(-1)

@@ -5,6 +5,8 @@ CPU in float32 and float16, because the interpreter truncates where it should ro
 test_interpreter.py starts that process.
 """
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from pretrain.model.rotary import angles, rotate
 from pretrain_kernels.dispatch import is_fused, is_interpreted
-from pretrain_kernels.fp8 import Fp8, empty_fp8
+from pretrain_kernels.fp8 import SMALLEST_SCALE, Fp8, empty_fp8
 from pretrain_kernels.launch import next_power_of_2, num_walkers
 from pretrain_kernels.norm_chain import (
     norm_chain,
@@ -21,6 +23,7 @@ from pretrain_kernels.norm_chain import (
     reference,
 )
 from pretrain_kernels.qk_rope import qk_rope_, qk_rope_backward
+from pretrain_kernels.quantize_both_ways import quantize_both_ways
 from pretrain_kernels.quantize_rows import quantize_rows
 from pretrain_kernels.quantize_rows import reference as quantize_reference
 from pretrain_kernels.rms_norm import rms_norm, rms_norm_autograd
@@ -170,7 +173,7 @@ def test_chain_backward(
 
 def test_chain_backward_of_more_rows_than_programs() -> None:
     rows, width = WALKED
-    assert num_walkers(next_power_of_2(width), rows) < rows
+    assert num_walkers(next_power_of_2(width), rows, programs=1) < rows
     check_chain_backward(rows, width, DTYPES[-1], has_a=True, has_b=True, has_dx=True)
 
 
@@ -363,6 +366,22 @@ def test_fp8_is_the_reference_bit_for_bit(rows: int, width: int, dtype: torch.dt
     assert_close_fp8(narrow.out_ND, quantize_reference.quantize_rows(made.out_ND))
 
 
+@over_dtypes
+@over_shapes
+def test_both_ways_are_each_way_bit_for_bit(rows: int, width: int, dtype: torch.dtype) -> None:
+    from pretrain_kernels.quantize_both_ways import triton as fused
+
+    x = draw(rows, width, dtype=dtype) * 10.0 ** draw(rows, 1, dtype=dtype, seed=1)
+    x[:, 0] = 0
+    # 1e-40 is a subnormal number of float32 and of bfloat16, and zero in float16
+    x[rows // 2] = 1e-40
+    x[rows - 1, 7] = NAN
+    x[rows - 1, 5] = math.inf
+    ours = fused.quantize_both_ways(x, (narrow_buffer(rows, width), narrow_buffer(width, rows)))
+    assert_same_fp8(ours[0], quantize_reference.quantize_rows(x))
+    assert_same_fp8(ours[1], quantize_reference.quantize_rows(x.t().contiguous()))
+
+
 def assert_close_fp8(ours: Fp8, theirs: Fp8) -> None:
     """Equal but where a row's mean square, summed in another order, rounds a tie the other way."""
     # a few units in the last place: the mean square's, the root's and the product's
@@ -392,6 +411,7 @@ def test_fp8_through_the_front_door() -> None:
         quantize_rows(x),
         norm_chain(x, x, gain_b_D=gain_D, epsilon=EPSILON, fp8=True).out_ND,
         swiglu(x, fp8=True),
+        *quantize_both_ways(x),
     ):
         assert isinstance(made, Fp8)
         assert made.values_ND.dtype == torch.float8_e4m3fn
@@ -420,6 +440,9 @@ def test_no_rows_at_all(dtype: torch.dtype) -> None:
     )  # fmt: skip
     assert (dgain == 0).all()
     assert swiglu(draw(0, 8, dtype=dtype), fp8=True).values_ND.shape == (0, 4)
+    by_row, by_column = quantize_both_ways(x)
+    assert by_row.scale_N1.shape == (0, 1)
+    assert (by_column.scale_N1 == SMALLEST_SCALE).all()
 
 
 @pytest.mark.skipif(is_interpreted(), reason="4 GiB a tensor")
@@ -447,6 +470,12 @@ def test_sizes_past_two_to_the_31() -> None:
     few = dh[last].clone()
     assert torch.equal(swiglu_backward(dh, x)[last], swiglu_backward(few, part))
     assert_same_fp8(Fp8(*(t[last] for t in quantize_rows(x))), quantize_rows(part))
+    by_row, by_column = quantize_both_ways(x)
+    assert_same_fp8(Fp8(*(t[last] for t in by_row)), quantize_rows(part))
+    # one program holds a row of quantize_rows, so PyTorch does the long columns
+    columns = quantize_reference.quantize_rows(x[:, -4:].t().contiguous())
+    assert_same_fp8(Fp8(*(t[-4:] for t in by_column)), columns)
+    del by_row, by_column
     # 3 x 8,192 values a token; qk_rope_ writes in place
     tokens = rows // 3
     cos, sin = angles(torch.arange(tokens, device=DEVICE)[None], head_width=128, base=50_000.0)

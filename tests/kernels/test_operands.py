@@ -10,6 +10,7 @@ from torch import Tensor
 from pretrain_kernels.fp8 import Fp8, empty_fp8
 from pretrain_kernels.norm_chain import norm_chain, norm_chain_backward, norm_chain_output
 from pretrain_kernels.qk_rope import qk_rope_, qk_rope_backward
+from pretrain_kernels.quantize_both_ways import quantize_both_ways
 from pretrain_kernels.quantize_rows import quantize_rows
 from pretrain_kernels.rms_norm import rms_norm
 from pretrain_kernels.swiglu import swiglu, swiglu_backward
@@ -58,6 +59,8 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: rms_norm(STRIDED, GAIN, 1e-6), "residual_ND of shape"),
     (lambda: quantize_rows(STRIDED), "x_ND of shape"),
     (lambda: quantize_rows(X, FP8._replace(values_ND=X)), "out.values_ND is torch.float32"),
+    (lambda: quantize_both_ways(STRIDED), "x_ND of shape"),
+    (lambda: quantize_both_ways(X, (FP8, FP8)), r"out\[1\].values_ND has shape .* it must be"),
     (lambda: swiglu(STRIDED), "gate_up_N2I of shape"),
     (lambda: swiglu(torch.zeros(4, 7)), "so its length must be even"),
     (lambda: swiglu(X, torch.zeros(4, 8)), r"out has shape \(4, 8\): it must be \(4, 4\)"),

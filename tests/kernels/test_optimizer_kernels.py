@@ -6,7 +6,10 @@ Tests marked gpu run on CUDA, or on the CPU in Triton's interpreter (test_in_the
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pretrain.optim.adamw import AdamW
 from pretrain.optim.ellis_adam import EllisAdam
 from pretrain.testing import load_module
 from pretrain_kernels.adamw import adamw_
@@ -207,6 +211,9 @@ def test_what_does_not_fit_a_partition_is_refused() -> None:
         add_gradient(weight[::2], gradient[::2], is_first=True)
     with pytest.raises(ValueError, match="step=0, but steps are counted from 1"):
         adamw_(weight, gradient, mean, square, spans_on("cpu"), **ADAMW | {"step": 0})
+    short = weight.bfloat16()[:-1]
+    with pytest.raises(ValueError, match="adamw: rounded"):
+        adamw_(weight, gradient, mean, square, spans_on("cpu"), rounded=short, **ADAMW)
     with pytest.raises(ValueError, match="does not fit 4 tensors"):
         Spans([Piece(4, 0, 1)], 4, torch.device("cpu"))
 
@@ -271,15 +278,25 @@ class TestKernels:
         assert torch.equal(total, first.float() + second.float())
         assert room[numel].isnan()
 
-    def test_adamw_equals_float64(self) -> None:
+    @pytest.mark.parametrize("rounds", [True, False])
+    def test_adamw_equals_float64(self, rounds: bool) -> None:
         tensors = state(DEVICE)
         exact = doubled(tensors)
         spans = spans_on(DEVICE)
-        # a float64 partition takes the reference
-        expected, sums = adamw_(*exact, spans, **ADAMW), adamw_(*tensors, spans, **ADAMW)
+        # fp16 in the interpreter, which truncates where it makes bf16
+        half = torch.float16 if is_interpreted() else torch.bfloat16
+        rounded = torch.full((LENGTH,), 7.0, dtype=half, device=DEVICE) if rounds else None
+        # a float64 partition takes the reference; float32 holds 0.625 exactly
+        options = ADAMW | {"factor": 0.625}
+        expected = adamw_(*exact, spans, **options)
+        sums = adamw_(*tensors, spans, rounded=rounded, **options)
+        if rounded is not None:
+            owned = is_owned().to(DEVICE)
+            assert torch.equal(rounded, torch.where(owned, tensors[0].to(half), 7.0))
         for got, wanted in zip(tensors, exact, strict=True):
             torch.testing.assert_close(got.double(), wanted, rtol=5e-7, atol=5e-7, equal_nan=True)
-        torch.testing.assert_close(sums, expected, rtol=1e-12, atol=0)
+        # the factor's product is rounded before it is squared
+        torch.testing.assert_close(sums, expected, rtol=1e-6, atol=0)
 
     def test_angles_are_right_to_a_few_units_in_the_last_place(self) -> None:
         exponents = torch.linspace(-18, 18, 701, dtype=torch.float64)
@@ -338,8 +355,15 @@ class TestKernels:
         sums = update_moments(none, none, none, spans, is_start=True, **MOMENTS)
         assert sums.tolist() == [0.0, 0.0]
 
-    @pytest.mark.parametrize("clips", [True, False])
-    def test_the_optimizer_follows_float64(self, clips: bool) -> None:
+    @pytest.mark.parametrize(
+        "build",
+        [
+            partial(EllisAdam, update_clipping=True),
+            partial(EllisAdam, update_clipping=False),
+            AdamW,
+        ],
+    )
+    def test_the_optimizer_follows_float64(self, build: Callable[..., Any]) -> None:
         results = []
         for dtype in (torch.float32, torch.float64):
             random = torch.Generator().manual_seed(0)
@@ -348,7 +372,7 @@ class TestKernels:
                 torch.randn(shape, generator=random).to(DEVICE, dtype).requires_grad_()
                 for shape in shapes
             ]
-            optimizer = EllisAdam(weights, lr=3e-3, weight_decay=0.05, update_clipping=clips)
+            optimizer = build(weights, lr=3e-3, weight_decay=0.05)
             for step in range(5):
                 for weight in weights:
                     gradient = torch.randn(weight.shape, generator=random) * 4.0**step
@@ -393,15 +417,15 @@ class TestWithoutGpu:
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        assert "22 passed" in done.stdout
+        assert "24 passed" in done.stdout
 
     @pytest.mark.skipif(is_interpreted(), reason="compiles")
     @pytest.mark.parametrize(
         ("name", "loads", "stores", "registers"),
         [
             ("start", 1, 2, 64), ("moments", 3, 2, 64), ("weights", 3, 1, 40), ("adamw", 4, 3, 80),
-            ("rounded", 3, 1.5, 64), ("first", 1, 2, 40), ("added", 3, 2, 64),
-            ("squares", 16, 0, 64),
+            ("adamw rounded", 4, 3.5, 96), ("rounded", 3, 1.5, 64), ("first", 1, 2, 40),
+            ("added", 3, 2, 64), ("squares", 16, 0, 64),
         ],
     )  # fmt: skip
     def test_compiled_for_hopper(
@@ -427,6 +451,7 @@ class TestWithoutGpu:
                 weight, mean, square, etas, spans, rounded=half, **WEIGHTS
             ),
             "adamw": lambda: adamw.adamw_(weight, *tensors, **ADAMW),
+            "adamw rounded": lambda: adamw.adamw_(weight, *tensors, rounded=half, **ADAMW),
             "first": lambda: adding.add_gradient(weight, half, is_first=True),
             "added": lambda: adding.add_gradient(weight, half, is_first=False),
             "squares": lambda: squares.square_sums(gradient, spans),
@@ -447,5 +472,6 @@ class TestWithoutGpu:
         # bf16 one; adding takes 2048 numbers; sums of squares have their loop of 16 rolled out
         assert machine.vector_loads == 2 * loads
         assert machine.vector_stores == 2 * stores
-        assert len(of_sums) == (name in ("start", "moments", "adamw", "squares"))
+        sums = {"start", "moments", "adamw", "adamw rounded", "squares"}
+        assert len(of_sums) == (name in sums)
         assert all(launches.compiled(each).spilled_accesses == 0 for each in of_sums)

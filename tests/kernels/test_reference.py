@@ -9,6 +9,7 @@ from pretrain.model.norm import RMSNorm
 from pretrain.model.rotary import angles, rotate
 from pretrain_kernels.norm_chain import norm_chain, norm_chain_backward, norm_chain_output
 from pretrain_kernels.qk_rope import qk_rope_, qk_rope_backward
+from pretrain_kernels.quantize_both_ways import quantize_both_ways
 from pretrain_kernels.quantize_rows import quantize_rows
 from pretrain_kernels.rms_norm import rms_norm, rms_norm_autograd, rms_norm_backward
 from pretrain_kernels.swiglu import swiglu, swiglu_backward
@@ -176,6 +177,16 @@ def test_quantized_rows_of_zeros_and_of_nan() -> None:
     assert values[1].float().isnan().all()
     assert scale[1].isnan()
     assert values[2].float().isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_matrix_quantized_both_ways_is_each_way(dtype: torch.dtype) -> None:
+    x = draw(ROWS, WIDTH, dtype=dtype) * torch.arange(1, WIDTH + 1).to(dtype)
+    by_row, by_column = quantize_both_ways(x)
+    for ours, theirs in ((by_row, x), (by_column, x.t().contiguous())):
+        for one, other in zip(ours, quantize_rows(theirs), strict=True):
+            assert torch.equal(one.float(), other.float())
+    assert by_column.values_ND.is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from pretrain.errors import ConfigError
+from pretrain.optim.adamw import AdamW
 from pretrain.optim.build import build_optimizer
 from pretrain.optim.config import AdamWConfig, EllisAdamConfig, OptimizerConfig
 from pretrain.optim.ellis_adam import EllisAdam
@@ -61,7 +62,7 @@ def test_every_field_of_adamw_has_an_effect(change: dict[str, float]) -> None:
 def test_the_configured_class_is_built() -> None:
     weight = [("weight", nn.Parameter(torch.zeros(2, 2)))]
     assert isinstance(build_optimizer(weight, ellis()), EllisAdam)
-    assert isinstance(build_optimizer(weight, adamw()), torch.optim.AdamW)
+    assert isinstance(build_optimizer(weight, adamw()), AdamW)
 
 
 def test_an_unknown_optimizer_is_refused() -> None:

@@ -70,6 +70,7 @@ def oracle() -> dict[str, float]:
         (2, 1, "bf16", "ellis-adam"),
         (2, 2, "fp32", "adamw"),
         (2, 3, "fp32", "ellis-adam"),
+        (2, 3, "fp32", "adamw"),
     ],
 )
 def test_every_stage_gives_the_norms_before_clipping(

@@ -26,6 +26,7 @@ from pretrain.model.rotary import angles, rotate
 from pretrain_kernels.fp8 import LARGEST, Fp8
 from pretrain_kernels.norm_chain import norm_chain, norm_chain_backward
 from pretrain_kernels.qk_rope import qk_rope_, qk_rope_backward
+from pretrain_kernels.quantize_both_ways import quantize_both_ways
 from pretrain_kernels.quantize_rows import quantize_rows
 from pretrain_kernels.rms_norm import rms_norm, rms_norm_backward
 from pretrain_kernels.swiglu import swiglu, swiglu_backward
@@ -248,6 +249,38 @@ def _quantize(x_ND: Tensor) -> Outputs:
     return (wide_ND / scale_N1).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale_N1
 
 
+def _transposed_copy(inputs: Inputs) -> Outputs:
+    """What quantize_both_ways replaces: a transposed copy, and each quantized."""
+    weight_OI = inputs["weight"]
+    return (*quantize_rows(weight_OI), *quantize_rows(weight_OI.t().contiguous()))
+
+
+def _both_ways_case(sizes: Sizes) -> Case:
+    """Of the largest weight."""
+    rows, d = 2 * sizes.inner, sizes.width
+
+    def make(size: int, device: torch.device) -> Inputs:
+        return {"weight": normal(size, d, device=device)}
+
+    def plain(inputs: Inputs) -> Outputs:
+        return (*_quantize(inputs["weight"]), *_quantize(inputs["weight"].t().contiguous()))
+
+    def ours(inputs: Inputs) -> Outputs:
+        by_row, by_column = quantize_both_ways(inputs["weight"])
+        return (*by_row, *by_column)
+
+    def restored(outputs: Outputs) -> Outputs:
+        return (*_restored(outputs[:2]), *_restored(outputs[2:]))
+
+    return Case(
+        op="quantize_both_ways", shape=f"{rows}x{d}", dtype=torch.bfloat16, size=rows,
+        # read twice, because no scale is known before the last element of its row and column
+        amount=6.0 * rows * d, limit="copy", make=make, compared=restored,
+        providers=_three(plain, forward_of(ours)) | {"copy": forward_of(_transposed_copy)},
+        exact=forward_of(lambda inputs: (inputs["weight"], inputs["weight"].t())),
+    )  # fmt: skip
+
+
 def _restored(outputs: Outputs) -> Outputs:
     *others, values_ND, scale_N1 = outputs
     return (*others, values_ND.double() * scale_N1)
@@ -262,6 +295,8 @@ def _fp8_cases(sizes: Sizes) -> Iterator[Case]:
         providers=_three(lambda inputs: _quantize(inputs["residual"]), ours),
         exact=forward_of(lambda inputs: (inputs["residual"],)), compared=_restored,
     )  # fmt: skip
+
+    yield _both_ways_case(sizes)
 
     def chain(inputs: Inputs) -> Outputs:
         total_ND, out_ND = _chain(inputs)

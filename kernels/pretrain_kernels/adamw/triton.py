@@ -1,4 +1,7 @@
-"""AdamW in one pass of 28 bytes per parameter, with each tensor's sum of squared gradients."""
+"""AdamW in one pass of 28 bytes per parameter, with each tensor's sum of squared gradients.
+
+Rounding the weights into a bf16 copy on the way adds 2 bytes, where a pass of its own takes 6.
+"""
 
 import triton
 import triton.language as tl
@@ -25,10 +28,11 @@ def _step_of(p, g, m, v, keep, rest1, beta2, rest2, root, epsilon, eta):
 
 @triton.jit
 def _adamw(
-    weight, gradient, mean, square, table, partials,
-    keep, rest1, beta2, rest2, root, epsilon, eta,
+    weight, rounded, gradient, mean, square, table, partials,
+    factor, keep, rest1, beta2, rest2, root, epsilon, eta,
     SPAN: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
+    factor = tl.cast(factor, tl.float32)
     keep = tl.cast(keep, tl.float32)
     rest1 = tl.cast(rest1, tl.float32)
     beta2 = tl.cast(beta2, tl.float32)
@@ -42,11 +46,13 @@ def _adamw(
     if (low == 0) & (high == SPAN):
         for block in range(BLOCKS):
             at = start + block * BLOCK + lane
-            p, g = tl.load(weight + at), tl.load(gradient + at)
+            p, g = tl.load(weight + at), tl.load(gradient + at) * factor
             m, v = tl.load(mean + at), tl.load(square + at)
             p, m, v = _step_of(p, g, m, v, keep, rest1, beta2, rest2, root, epsilon, eta)
             total += g.to(tl.float64) * g.to(tl.float64)
             tl.store(weight + at, p)
+            if rounded is not None:
+                tl.store(rounded + at, p.to(rounded.dtype.element_ty))
             tl.store(mean + at, m)
             tl.store(square + at, v)
     else:
@@ -55,12 +61,14 @@ def _adamw(
             is_own = (inside >= low) & (inside < high)
             at = start + inside
             p = tl.load(weight + at, mask=is_own, other=0.0)
-            g = tl.load(gradient + at, mask=is_own, other=0.0)
+            g = tl.load(gradient + at, mask=is_own, other=0.0) * factor
             m = tl.load(mean + at, mask=is_own, other=0.0)
             v = tl.load(square + at, mask=is_own, other=1.0)
             p, m, v = _step_of(p, g, m, v, keep, rest1, beta2, rest2, root, epsilon, eta)
             total += g.to(tl.float64) * g.to(tl.float64)
             tl.store(weight + at, p, mask=is_own)
+            if rounded is not None:
+                tl.store(rounded + at, p.to(rounded.dtype.element_ty), mask=is_own)
             tl.store(mean + at, m, mask=is_own)
             tl.store(square + at, v, mask=is_own)
     tl.store(partials + tl.program_id(0), tl.sum(total, 0))
@@ -79,12 +87,14 @@ def adamw_(
     epsilon: float,
     weight_decay: float,
     step: int,
+    factor: float = 1.0,
+    rounded: Tensor | None = None,
 ) -> Tensor:
     """See `reference.adamw_`."""
     partials_S = empty_partials(spans)
     if len(partials_S):
         _adamw[(len(partials_S),)](
-            weight, gradient, mean, square, spans.table_S4, partials_S,
+            weight, rounded, gradient, mean, square, spans.table_S4, partials_S, float(factor),
             float(1 - rate * weight_decay), float(1 - beta1), float(beta2), float(1 - beta2),
             float((1 - beta2**step) ** 0.5), float(epsilon), float(rate / (1 - beta1**step)),
             SPAN=SPAN_ELEMENTS, BLOCK=BLOCK, BLOCKS=BLOCKS, num_warps=NUM_WARPS,

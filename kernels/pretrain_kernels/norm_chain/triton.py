@@ -11,13 +11,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pretrain_kernels.column_sums_triton import add_columns
 from pretrain_kernels.fp8 import Fp8, empty_fp8
 from pretrain_kernels.launch import next_power_of_2, num_walkers, num_warps
 from pretrain_kernels.norm_chain.reference import Chained
 from pretrain_kernels.quantize_rows.triton import quantized, scale_of_row
 
-# Rows that a walking program has in flight: the next one is loaded while one is computed.
-_STAGES = 2
+# Elements a thread of the forward kernels: results/micro.csv, norm_chain at 4096x5280 (86 % of a
+# copy's bandwidth). Other numbers: kernels/benchmarks/tune.py --only norm_chain
+FORWARD_ELEMENTS = 32
+# Of the walking programs: elements a thread, rows in flight or in work, and programs a
+# multiprocessor by the number of norms. At 32 elements a thread has 243 registers with two norms
+# and 128 with one (tests/kernels/test_compiled.py), so 8 and 16 warps fit; with 16 elements a
+# thread the instructions of a row are 1.5 times as many, because more of the block lies beyond the
+# row. Not yet measured on a GPU: kernels/benchmarks/tune.py --only norm_chain
+BACKWARD_ELEMENTS = 32
+BACKWARD_STAGES = 3
+BACKWARD_PROGRAMS = {1: 2, 2: 1}
 
 
 @triton.jit
@@ -102,10 +112,19 @@ def _output_row(SUM, RSTD_A, GAIN_A, RSTD_B, GAIN_B, OUT, D: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _norm_backward(dy, normed, rstd, gain, D: tl.constexpr):
+def _norm_backward(dy, normed, rstd, gain, inside, D: tl.constexpr):
     """The gradient of x for y = normed * gain, normed = x * rstd(x)."""
-    g = dy * gain
+    g = _within(dy * gain, inside)
     return rstd * (g - normed * (tl.sum(g * normed, 0) / D))
+
+
+@triton.jit
+def _within(x, inside):
+    """x, known to be zero beyond the row: the compiler drops what vectors there would compute.
+
+    It does not know that of loads. A row of 5,280 in a block of 8,192 has a quarter of them.
+    """
+    return tl.where(inside, x, 0.0)
 
 
 @triton.jit
@@ -131,6 +150,11 @@ def _walk_backward(
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < D
+    # In 16 bits, and before the loop, where the pipeline would copy them once a row.
+    if GAIN_A is not None:
+        gain_a = tl.load(GAIN_A + column, mask=inside, other=0.0)
+    if GAIN_B is not None:
+        gain_b = tl.load(GAIN_B + column, mask=inside, other=0.0)
     dgain_a = tl.zeros((BLOCK,), tl.float32)
     dgain_b = tl.zeros((BLOCK,), tl.float32)
     for row in tl.range(program.to(tl.int64), rows, PROGRAMS, num_stages=STAGES):
@@ -139,21 +163,22 @@ def _walk_backward(
         dx = _load(DOUT, start + column, inside)
         if GAIN_A is not None:
             rstd_a = tl.load(RSTD_A + row)
-            gain_a = _load(GAIN_A, column, inside)
-            normed_a = _rounded(x * rstd_a, STORAGE)
-            x = _rounded(normed_a * gain_a, STORAGE)
+            normed_a = _within(_rounded(x * rstd_a, STORAGE), inside)
+            x = _within(_rounded(normed_a * gain_a.to(tl.float32), STORAGE), inside)
         if GAIN_B is not None:
             rstd_b = tl.load(RSTD_B + row)
-            normed_b = _rounded(x * rstd_b, STORAGE)
+            normed_b = _within(_rounded(x * rstd_b, STORAGE), inside)
+            dx = _within(dx, inside)
             if DGAIN_B is not None:
                 dgain_b += dx * normed_b
-            dx = _norm_backward(dx, normed_b, rstd_b, _load(GAIN_B, column, inside), D)
+            dx = _norm_backward(dx, normed_b, rstd_b, gain_b.to(tl.float32), inside, D)
         if DX is not None:
             dx += _load(DX, start + column, inside)
         if GAIN_A is not None:
+            dx = _within(dx, inside)
             if DGAIN_A is not None:
                 dgain_a += dx * normed_a
-            dx = _norm_backward(dx, normed_a, rstd_a, gain_a, D)
+            dx = _norm_backward(dx, normed_a, rstd_a, gain_a.to(tl.float32), inside, D)
         tl.store(DSUM + start + column, dx.to(STORAGE), mask=inside)
     if DGAIN_A is not None:
         tl.store(DGAIN_A + program * D + column, dgain_a, mask=inside)
@@ -202,7 +227,7 @@ def norm_chain(
                 epsilon,
                 D=width,
                 BLOCK=block,
-                num_warps=num_warps(block),
+                num_warps=num_warps(block, elements_per_thread=FORWARD_ELEMENTS),
                 # a fused multiply-add would skip the rounding of a float32 product before its sum
                 enable_fp_fusion=False,
             )
@@ -233,7 +258,7 @@ def norm_chain_output(
                 out,
                 D=width,
                 BLOCK=block,
-                num_warps=num_warps(block),
+                num_warps=num_warps(block, elements_per_thread=FORWARD_ELEMENTS),
             )
     return out
 
@@ -258,7 +283,8 @@ def norm_chain_backward(
     if not rows:
         return out
     block = next_power_of_2(width)
-    programs = num_walkers(block, rows)
+    norms = (gain_a_D is not None) + (gain_b_D is not None)
+    programs = num_walkers(block, rows, BACKWARD_PROGRAMS[norms])
     partials = [
         None if dgain_D is None else dgain_D.new_empty(programs, width)
         for dgain_D in (dgain_a_D, dgain_b_D)
@@ -278,12 +304,12 @@ def norm_chain_backward(
             D=width,
             BLOCK=block,
             PROGRAMS=programs,
-            STAGES=_STAGES,
-            num_warps=num_warps(block, elements_per_thread=16),
+            STAGES=BACKWARD_STAGES,
+            num_warps=num_warps(block, elements_per_thread=BACKWARD_ELEMENTS),
         )
-    for dgain_D, partial_PD in zip((dgain_a_D, dgain_b_D), partials, strict=True):
-        if dgain_D is not None and partial_PD is not None:
-            dgain_D += partial_PD.sum(0)
+        for dgain_D, partial_PD in zip((dgain_a_D, dgain_b_D), partials, strict=True):
+            if dgain_D is not None and partial_PD is not None:
+                add_columns(partial_PD, dgain_D)
     return out
 
 

@@ -10,6 +10,9 @@ from torch import Tensor
 from pretrain_kernels.fp8 import LARGEST, SMALLEST_SCALE, Fp8, empty_fp8
 from pretrain_kernels.launch import next_power_of_2, num_warps
 
+# Elements a thread: results/micro.csv, quantize_rows at 4096x5280 (79 % of a copy's bandwidth).
+# Other numbers: kernels/benchmarks/tune.py --only quantize_rows
+ELEMENTS = 32
 _RECIPROCAL = tl.constexpr(1.0 / LARGEST)
 _SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
 
@@ -26,7 +29,18 @@ def scale_of_row(x):
         bits = tl.max(x.to(tl.int16, bitcast=True) & 0x7FFF, 0).to(tl.int16)
     else:
         bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
-    scale = bits.to(x.dtype, bitcast=True).to(tl.float32) * _RECIPROCAL
+    return _scale_of(bits.to(x.dtype, bitcast=True).to(tl.float32))
+
+
+@triton.jit
+def scale_of_bits(bits):
+    """The same of largest magnitudes that are given as the bits of float32 numbers."""
+    return _scale_of(bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _scale_of(largest):
+    scale = largest * _RECIPROCAL
     return tl.where(scale < _SMALLEST_SCALE, _SMALLEST_SCALE, scale)
 
 
@@ -57,6 +71,7 @@ def quantize_rows(x_ND: Tensor, out: Fp8 | None = None) -> Fp8:
     if rows:
         with torch.cuda.device_of(x_ND):
             _quantize_row[(rows,)](
-                x_ND, *out, D=width, BLOCK=block, num_warps=num_warps(block), enable_fp_fusion=False
-            )
+                x_ND, *out, D=width, BLOCK=block,
+                num_warps=num_warps(block, elements_per_thread=ELEMENTS), enable_fp_fusion=False,
+            )  # fmt: skip
     return out

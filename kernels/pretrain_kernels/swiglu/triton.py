@@ -11,8 +11,12 @@ from pretrain_kernels.fp8 import Fp8, empty_fp8
 from pretrain_kernels.launch import next_power_of_2, num_warps
 from pretrain_kernels.quantize_rows.triton import quantized, scale_of_row
 
-# 16 bytes of bf16 for each of 128 threads; 17,920 = 17.5 x 1,024
-_BLOCK = 1024
+# 16 bytes of bf16 for each of 128 threads; 17,920 = 17.5 x 1,024. results/micro.csv, swiglu at
+# 4096x35840: 99 and 94 % of a copy's bandwidth.
+BLOCK, NUM_WARPS = 1024, 4
+# Elements a thread where a whole row is quantized: swiglu fp8 there, 79 %. Other numbers of both:
+# kernels/benchmarks/tune.py --only swiglu
+FP8_ELEMENTS = 32
 
 
 @triton.jit
@@ -97,15 +101,15 @@ def swiglu(
                 *out,
                 INNER=inner,
                 BLOCK=block,
-                num_warps=num_warps(block),
+                num_warps=num_warps(block, elements_per_thread=FP8_ELEMENTS),
                 # two programs share a multiprocessor: one loads while the other computes
                 maxnreg=64,
                 enable_fp_fusion=False,
             )
         else:
-            blocks = triton.cdiv(inner, _BLOCK)
+            blocks = triton.cdiv(inner, BLOCK)
             _forward[(rows * blocks,)](
-                gate_up_N2I, out, INNER=inner, BLOCKS=blocks, BLOCK=_BLOCK, num_warps=4
+                gate_up_N2I, out, INNER=inner, BLOCKS=blocks, BLOCK=BLOCK, num_warps=NUM_WARPS
             )
     return out
 
@@ -121,7 +125,7 @@ def swiglu_backward(
     rows, inner = dh_NI.shape
     if out is None:
         out = torch.empty_like(gate_up_N2I)
-    blocks = triton.cdiv(inner, _BLOCK)
+    blocks = triton.cdiv(inner, BLOCK)
     if rows:
         with torch.cuda.device_of(dh_NI):
             _backward[(rows * blocks,)](
@@ -131,7 +135,7 @@ def swiglu_backward(
                 hidden_out,
                 INNER=inner,
                 BLOCKS=blocks,
-                BLOCK=_BLOCK,
-                num_warps=4,
+                BLOCK=BLOCK,
+                num_warps=NUM_WARPS,
             )
     return out

@@ -27,6 +27,7 @@ from pretrain_kernels.norm_chain import (
     norm_chain_output,
 )
 from pretrain_kernels.qk_rope import qk_rope_, qk_rope_backward
+from pretrain_kernels.quantize_both_ways import quantize_both_ways
 from pretrain_kernels.quantize_rows import quantize_rows
 from pretrain_kernels.swiglu import swiglu, swiglu_backward
 
@@ -85,10 +86,10 @@ class Float8Weights(NamedTuple):
     def of(weights: LayerWeights, *, has_gradient: bool) -> "Float8Weights":
         """Quantized now; the weights must not change while this is in use."""
         matrices = (weights.qkv, weights.output, weights.gate_up, weights.down)
-        by_output = Matrices(*(quantize_rows(matrix) for matrix in matrices))
         if not has_gradient:
-            return Float8Weights(by_output, None)
-        by_input = Matrices(*(quantize_rows(matrix.t().contiguous()) for matrix in matrices))
+            return Float8Weights(Matrices(*(quantize_rows(matrix) for matrix in matrices)), None)
+        both = [quantize_both_ways(matrix) for matrix in matrices]
+        by_output, by_input = (Matrices(*copies) for copies in zip(*both, strict=True))
         return Float8Weights(by_output, by_input)
 
 
