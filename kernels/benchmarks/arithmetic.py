@@ -5,7 +5,7 @@
 Makes text, tokenizer and shards of sums of up to `digits` digits an operand, then trains side by
 side on one GPU, from conf/experiment/addition.yaml: recurrent with places of digits (two seeds),
 recurrent without, and depth 1 with places and as many parameters. All take the same steps: who gets
-ahead is paused. At 60 % of the time all are stopped, and resume with as many steps as the time left
+ahead is paused. At 56 % of the time all are stopped, and resume with as many steps as the time left
 affords, over which the rate falls. Then every run is asked `items` sums of two numbers of each
 length up to `longest`, at all depths in one pass; an answer is right if greedy text would be it, to
 its end. Rows go to results/arithmetic.csv, pictures to docs/images (arithmetic_plots.py).
@@ -51,7 +51,7 @@ COLUMNS = (
     "trained_digits", "steps", "tokens", "loss_nats", "device", "commit",
 )  # fmt: skip
 # Of all seconds: until the runs are told to stop, and until the resumed ones should have ended.
-STOP_AT, END_AT = 0.6, 0.88
+STOP_AT, END_AT = 0.56, 0.82
 # Steps that a run may be ahead of the slowest.
 LEAD = 40
 SAFETY = 0.9
