@@ -10,13 +10,15 @@ affords, over which the rate falls. Then every run is asked `items` sums of two 
 length up to `longest`, at all depths in one pass; an answer is right if greedy text would be it, to
 its end. Rows go to results/arithmetic.csv, pictures to docs/images (arithmetic_plots.py).
 
-    python kernels/benchmarks/arithmetic.py seconds=1200 digits=3 longest=5 items=100 threads=1 \
-        into=out/arithmetic model.width=64 model.heads=2 model.inner=160 model.context=64 \
-        depth.mean=4 depth.backprop=4 batch.global_tokens=2048 batch.micro_rows=32 engine=zero1 \
-        data.max_bytes=4000000
+    python kernels/benchmarks/arithmetic.py seconds=1800 digits=2 longest=3 items=100 threads=1 \
+        into=out/arithmetic model.width=64 model.heads=4 model.inner=128 model.context=64 \
+        model.digit_positions=5 depth.mean=3 depth.backprop=3 batch.global_tokens=2048 \
+        batch.micro_rows=32 engine=zero1 optimizer.learning_rate=4e-3 \
+        schedule.warmup_tokens=60000 data.max_bytes=2000000
 
-is the same on a CPU, in small: `into` names another folder for rows and pictures. All words but
-those of `Options` are overrides of every run. The runs share a GPU, so their speeds say nothing.
+is the same on a CPU, in small; two digits are added after some 600 steps. `into` names another
+folder for rows and pictures. All words but those of `Options` are overrides of every run. The runs
+share a GPU, so their speeds say nothing.
 """
 
 import csv
