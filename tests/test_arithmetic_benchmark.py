@@ -2,6 +2,7 @@
 
 import csv
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -83,3 +84,15 @@ def test_a_run_is_asked_by_control_files(benchmark: ModuleType, tmp_path: Path) 
     assert not list((tmp_path / "control").iterdir())
     assert run.steps == 0
     assert not run.is_running
+
+
+def test_a_failure_has_the_last_words_of_who_failed(benchmark: ModuleType, tmp_path: Path) -> None:
+    options = [f"out={tmp_path / 'out'}", "digits=0", "threads=1"]
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "arithmetic.py"), *options],
+        capture_output=True, text=True, check=False, cwd=tmp_path, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "data tokenizer failed" in done.stderr
+    assert "it needs data.max_digits of 1 or more, not 0" in done.stderr
+    assert not list((tmp_path / "out/runs").iterdir())

@@ -106,7 +106,12 @@ class Run:
         """Begin, or go on."""
         (self.folder / "control/stop").unlink(missing_ok=True)
         words = ["train", *self.words, f"run.dir={self.folder}", f"run.seed={self.seed}", *more]
-        self.process = command(words, self.folder.with_suffix(".log"), threads)
+        self.process = command(words, self.log, threads)
+
+    @property
+    def log(self) -> Path:
+        """What its processes said."""
+        return self.folder.with_suffix(".log")
 
     @property
     def is_running(self) -> bool:
@@ -117,6 +122,12 @@ class Run:
     def steps(self) -> int:
         """Taken so far."""
         return max(steps_of(self.folder), default=0)
+
+    def end(self) -> None:
+        """Tell it to save and leave, as a scheduler would, if it still runs; wait for that."""
+        if self.process is not None and self.is_running:
+            self.process.terminate()
+            self.process.wait()
 
     def ask(self, wish: str, is_wanted: bool) -> None:
         """Touch or remove a control file, if it is there to be asked."""
@@ -142,7 +153,7 @@ def main() -> None:
     for kind in ("tokenizer", "build"):
         done = command(["data", kind, *words], out / f"{kind}.log", options.threads)
         if done.wait():
-            raise SystemExit(f"no data, see {out / kind}.log")
+            raise failure(f"data {kind} failed", out / f"{kind}.log")
     print(f"{time.monotonic() - started:.0f} s: data", flush=True)
     tasks = write_tasks(out / "tasks", options)
     runs = [
@@ -150,7 +161,11 @@ def main() -> None:
             [*words, *own])
         for (name, seed), own in RUNS.items()
     ]  # fmt: skip
-    train(runs, options, started)
+    try:
+        train(runs, options, started)
+    finally:
+        for run in runs:
+            run.end()
     evaluate(runs, tasks, options)
     print(f"{time.monotonic() - started:.0f} s: asked", flush=True)
     table = Path(options.into or RESULTS) / "arithmetic.csv"
@@ -166,6 +181,12 @@ def command(words: list[str], log: Path, threads: int) -> subprocess.Popen[bytes
             [sys.executable, "-m", "pretrain", *words],
             stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         )  # fmt: skip
+
+
+def failure(what: str, log: Path) -> SystemExit:
+    """The end of everything, with the last words of who failed."""
+    said = log.read_text(errors="replace").splitlines()[-15:]
+    return SystemExit(f"{what}; the end of {log}:\n" + "\n".join(said))
 
 
 def write_tasks(folder: Path, options: Options) -> list[Path]:
@@ -207,7 +228,7 @@ def keep_level(runs: list[Run], *, until: float) -> tuple[float, float]:
     while time.monotonic() < until:
         for run in runs:
             if not run.is_running:
-                raise SystemExit(f"{run.name}, seed {run.seed} has ended: {run.folder}.log")
+                raise failure(f"{run.name}, seed {run.seed} has ended", run.log)
         steps = [run.steps for run in runs]
         least = min(steps)
         if least and not first:
@@ -231,7 +252,7 @@ def wait(runs: list[Run], *, until: float) -> None:
     for run in runs:
         assert run.process is not None
         if run.process.wait() not in (EXIT_FINISHED, EXIT_SAVED_ON_SIGNAL):
-            raise SystemExit(f"{run.name}, seed {run.seed} failed: {run.folder}.log")
+            raise failure(f"{run.name}, seed {run.seed} failed", run.log)
 
 
 def tokens_per_step(run: Run) -> int:
@@ -245,12 +266,12 @@ def evaluate(runs: list[Run], tasks: list[Path], options: Options) -> None:
     files = f"evaluate.tasks=[{','.join(map(str, tasks))}]"
     processes = [
         command(["evaluate", f"run.dir={run.folder}", depths, files],
-                run.folder.with_suffix(".log"), options.threads)
+                run.log, options.threads)
         for run in runs
     ]  # fmt: skip
     for run, process in zip(runs, processes, strict=True):
         if process.wait():
-            raise SystemExit(f"{run.name}, seed {run.seed}: not measured, see {run.folder}.log")
+            raise failure(f"{run.name}, seed {run.seed} was not measured", run.log)
 
 
 def write_rows(path: Path, runs: list[Run], options: Options) -> None:
