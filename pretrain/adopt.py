@@ -163,4 +163,6 @@ def _check_contradictions(given: dict[str, Any], known: dict[str, Any], folder: 
 def _spell(value: Any) -> str:
     if isinstance(value, Enum):
         return value.name
+    if value is None:
+        return "null"
     return f"'{value}'" if isinstance(value, str) else str(value).lower()

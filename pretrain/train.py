@@ -70,6 +70,7 @@ from pretrain.loop.state import (
 )
 from pretrain.loop.steps import Session, training_steps
 from pretrain.loop.stragglers import Stragglers
+from pretrain.loop.trained import find_digits
 from pretrain.loop.validation import validate
 from pretrain.loop.watchdog import Watchdog
 from pretrain.model.init import initialize
@@ -237,12 +238,15 @@ class _Inputs(NamedTuple):
     """The checkpoint to resume from."""
     state: TrainState
     """How far it was."""
+    digit_ids: tuple[int, ...]
+    """Tokens that are digits; empty where these have no places."""
 
 
 def _check_inputs(config: TrainConfig, world: World) -> _Inputs:
     """Shards, tokenizer and checkpoint; they must belong together and to this configuration."""
     config.batch.micro_steps(context=config.model.context, ranks=world.size)
     identity, held_out, order = on_all_ranks(world, lambda: _check_data(config, world))
+    digits = on_all_ranks(world, lambda: find_digits(config))
     run_dir = Path(config.run.dir)
     newest = newest_checkpoint(run_dir, world)
     state = TrainState()
@@ -254,7 +258,7 @@ def _check_inputs(config: TrainConfig, world: World) -> _Inputs:
         check_same_data(saved, identity["data_fingerprint"], config.data.shards)
         state = TrainState.from_dict(saved["train"])
         identity |= {key: saved[key] for key in ("adopted_from",) if key in saved}
-    return _Inputs(identity, held_out, order, newest, state)
+    return _Inputs(identity, held_out, order, newest, state, digits)
 
 
 def _check_space(config: TrainConfig, run_dir: Path) -> None:
@@ -314,6 +318,8 @@ def _open_session(
         model = RecurrentModel(config.model)
     if inputs.newest is None:
         initialize(model, mean_depth=config.depth.mean, seed=config.run.seed)
+    if model.digit_embedding is not None:
+        model.digit_embedding.tell_digits(inputs.digit_ids)
     micro_steps = config.batch.micro_steps(context=config.model.context, ranks=world.size)
     engine = Engine(model, config, world, micro_steps=micro_steps)
     state = TrainState()

@@ -12,6 +12,7 @@ class Corpus(Enum):
 
     embedded = "embedded"
     files = "files"
+    addition = "addition"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -19,7 +20,7 @@ class SourceConfig:
     """One source of documents and its share of training."""
 
     paths: list[str] = field(default_factory=list)
-    """Globs below data.root (** allowed); the embedded corpus takes none."""
+    """Globs below data.root (** allowed); only for corpus: files."""
     max_epochs: float | None = None
     """A run that would read the source more often than this does not start; null: any number."""
     weight: float | None = None
@@ -79,7 +80,8 @@ class DataConfig:
     name: str
     """Names the corpus; part of default paths."""
     corpus: Corpus
-    """embedded: text that ships with Python and its packages; files: a folder or URL."""
+    """embedded: text that ships with Python and its packages; files: a folder or URL; addition:
+    generated sums, each number written from its lowest digit."""
     root: str | None = None
     """Folder or fsspec URL that source globs are relative to (corpus: files)."""
     text_key: str = "text"
@@ -96,6 +98,8 @@ class DataConfig:
     """Globs below data.root: whole files that are held out, besides that share of the others."""
     max_bytes: int | None = None
     """Stop reading a source after this many bytes of text; null: read all."""
+    max_digits: int | None = None
+    """Digits of the longest operand (corpus: addition); each length from 1 on is as likely."""
     rows_per_member: int = 64
     """K, packed rows in one tar member."""
     members_per_shard: int = 128
@@ -168,10 +172,24 @@ class DataConfig:
             raise ConfigError(
                 f"data={self.name} reads files and needs data.root=FOLDER (or a URL)."
             )
-        if self.corpus is Corpus.embedded and self.root is not None:
+        if self.corpus is not Corpus.files and self.root is not None:
             raise ConfigError(
-                f"data.root={self.root} is set, but the embedded corpus reads no folder; "
-                "choose data=files."
+                f"data.root={self.root} is set, but the {self.corpus.value} corpus reads no "
+                "folder; choose data=files."
+            )
+        self._check_addition()
+
+    def _check_addition(self) -> None:
+        if self.corpus is not Corpus.addition:
+            if self.max_digits is not None:
+                raise ConfigError(
+                    f"data.max_digits={self.max_digits} would do nothing with "
+                    f"data.corpus={self.corpus.value}; choose data=addition, or set it to null."
+                )
+        elif self.max_digits is None or self.max_digits < 1 or self.max_bytes is None:
+            raise ConfigError(
+                f"The addition corpus has sums without end; it needs data.max_digits of 1 or more, "
+                f"not {self.max_digits}, and data.max_bytes, not {self.max_bytes}."
             )
         if self.corpus is Corpus.embedded and self.valid_paths:
             raise ConfigError(
@@ -180,13 +198,14 @@ class DataConfig:
             )
 
     def _check_sources(self) -> None:
-        if self.corpus is Corpus.embedded:
+        if self.corpus is not Corpus.files:
             for name, source in self.sources.items():
                 for key in ("paths", "text_key"):
                     if getattr(source, key):
                         raise ConfigError(
                             f"data.sources.{name}.{key}={getattr(source, key)} is set, but the "
-                            "embedded corpus reads no files; remove it, or choose data=files."
+                            f"{self.corpus.value} corpus reads no files; remove it, or choose "
+                            "data=files."
                         )
         weighted = sorted(n for n, source in self.sources.items() if source.weight is not None)
         others = sorted(self.sources.keys() - set(weighted))

@@ -1,4 +1,4 @@
-"""Where documents come from: the embedded corpus, or files below a folder or URL."""
+"""Where documents come from: text at hand, generated sums, or files below a folder or URL."""
 
 import logging
 import re
@@ -9,7 +9,7 @@ from typing import Any
 import fsspec
 from fsspec.utils import glob_translate
 
-from pretrain.data import embedded
+from pretrain.data import addition, embedded
 from pretrain.data.config import Corpus, DataConfig
 from pretrain.data.documents import Document, Part, number_parts
 from pretrain.data.records import READERS, reader_of
@@ -28,6 +28,8 @@ def find_parts(config: DataConfig) -> dict[str, list[Part]]:
     """
     if config.corpus is Corpus.embedded:
         return embedded.find_parts(config)
+    if config.corpus is Corpus.addition:
+        return addition.find_parts(config)
     files = _list_files(config)
     if config.sources:
         sizes = {name: _matching(name, config, files) for name in config.sources}
@@ -72,6 +74,8 @@ def read_documents(part: Part, config: DataConfig) -> Iterator[Document]:
     """
     if config.corpus is Corpus.embedded:
         documents = embedded.read_documents(part, config)
+    elif config.corpus is Corpus.addition:
+        documents = addition.read_documents(part, config)
     else:
         documents = _read_file(part, config)
     read = 0

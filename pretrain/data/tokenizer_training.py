@@ -25,8 +25,8 @@ from pretrain.errors import ConfigError, DataError
 # Multi-line chunks, so that pieces such as ":\n" are learned; SentencePiece calls them sentences.
 CHUNK_CHARACTERS = 8192
 PIECE_CHARACTERS = 16
-# 256 bytes, the special ids, and a few characters
-SMALLEST = 320
+# 256 bytes, the special ids, and the piece for what is unknown; sums of digits need 301.
+SMALLEST = 256 + RESERVED + 1
 # 4096 pieces from 4 MB of the embedded corpus: 2.73 bytes per token; from 8 MB: 2.75.
 BYTES_PER_PIECE = 1000
 # Text whose encoded length is reported afterwards.
@@ -125,6 +125,8 @@ def training_settings(config: TokenizerConfig, data: DataConfig) -> dict[str, An
     }
     if data.valid_paths:
         settings["data.valid_paths"] = list(data.valid_paths)
+    if data.max_digits is not None:
+        settings["data.max_digits"] = data.max_digits
     for name, source in data.sources.items():
         settings[f"data.sources.{name}.paths"] = list(source.paths)
         settings[f"data.sources.{name}.weight"] = source.weight
@@ -140,7 +142,7 @@ def train(config: TokenizerConfig, data: DataConfig) -> tuple[bytes, Sample]:
     if config.vocabulary_size < SMALLEST:
         raise ConfigError(
             f"tokenizer.vocabulary_size={config.vocabulary_size} leaves no room beside 256 bytes "
-            f"and {RESERVED} special ids; choose {SMALLEST} or more (4096 is small)."
+            f"and {RESERVED} special ids; choose more than {SMALLEST} (4096 is small)."
         )
     sample = Sample(data, train_bytes(config))
     learned = config.vocabulary_size - RESERVED

@@ -14,6 +14,7 @@ from torch import Tensor
 from pretrain.data.loader import Batch
 from pretrain.model.config import DocumentMask, ModelConfig
 from pretrain.model.depth import Depth
+from pretrain.model.digits import digit_shifts
 from pretrain.model.initial_state import initial_states
 from pretrain.model.loss import IGNORED
 
@@ -28,6 +29,8 @@ class MicroBatch(NamedTuple):
     documents_BT: Tensor
     initial_state_BTD: Tensor
     depths: list[Depth]
+    digit_shift_B: Tensor | None
+    """None where the model gives digits no places."""
 
 
 def labels_of(batch: Batch, documents: DocumentMask) -> Tensor:
@@ -57,12 +60,13 @@ def micro_batches(
     order = sorted(range(len(depths)), key=lambda row: (-depths[row].total, row))
     for start in range(0, len(order), micro_rows):
         chosen = order[start : start + micro_rows]
+        rows = [batch.first_row + row for row in chosen]
         yield MicroBatch(
             tokens_BT=batch.tokens_BS[chosen, :-1].to(device, non_blocking=True),
             labels_BT=labels_RT[chosen].to(device, non_blocking=True),
             documents_BT=batch.documents_BS[chosen, :-1].to(device, non_blocking=True),
             initial_state_BTD=initial_states(
-                [batch.first_row + row for row in chosen],
+                rows,
                 seed=seed,
                 context=model.context,
                 width=model.width,
@@ -70,6 +74,11 @@ def micro_batches(
                 device=device,
             ),
             depths=[depths[row] for row in chosen],
+            digit_shift_B=(
+                None
+                if model.digit_positions is None
+                else digit_shifts(rows, seed=seed, device=device)
+            ),
         )
 
 

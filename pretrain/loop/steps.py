@@ -292,6 +292,7 @@ def _forward_and_backward(
             initial_state=micro.initial_state_BTD,
             labels=micro.labels_BT,
             documents=micro.documents_BT,
+            digit_shift=micro.digit_shift_B,
             keep_logits=False,
         )
         assert output.nats is not None

@@ -7,6 +7,8 @@ import torch
 
 from pretrain.compose import thaw
 from pretrain.config import TrainConfig
+from pretrain.data.digits import digit_ids
+from pretrain.data.tokenizer import Tokenizer
 from pretrain.engine.checkpoint import (
     load_weights,
     newest_checkpoint,
@@ -15,6 +17,7 @@ from pretrain.engine.checkpoint import (
 )
 from pretrain.engine.config import Precision
 from pretrain.errors import CheckpointError
+from pretrain.loop.state import check_same_tokenizer
 from pretrain.model.recurrent import RecurrentModel
 
 
@@ -57,5 +60,22 @@ def load_trained(
     model = model.to_empty(device=device)
     weights = {name: weight.to(device, dtype) for name, weight in load_weights(newest).items()}
     model.load_state_dict(weights, strict=True)
+    state = read_state(newest)
+    if model.digit_embedding is not None:
+        model.digit_embedding.tell_digits(find_digits(config, of=state))
     number = int(newest.name.removeprefix("step-"))
-    return Trained(config, model.eval(), number, dtype, read_state(newest), newest)
+    return Trained(config, model.eval(), number, dtype, state, newest)
+
+
+def find_digits(config: TrainConfig, *, of: dict[str, Any] | None = None) -> tuple[int, ...]:
+    """The tokens that are digits; empty if the model gives digits no places.
+
+    `of`: what a checkpoint saved; its tokenizer must then be the one that tokenizer.path has.
+    Raises DataError if the tokenizer reads numbers otherwise than digit by digit.
+    """
+    if config.model.digit_positions is None:
+        return ()
+    tokenizer = Tokenizer.load(config.tokenizer.path)
+    if of is not None:
+        check_same_tokenizer(of, tokenizer.sha256, config.tokenizer.path)
+    return digit_ids(tokenizer)

@@ -49,6 +49,7 @@ class KeyValueCache:
         self.entries = min(iterations, cache_iterations or iterations)
         self.lengths = [0] * rows
         self._layers: dict[tuple[str, int], _Entries] = {}
+        self._digits_BC: Tensor | None = None
 
     def span(self, tokens: int, device: torch.device) -> "Span":
         """The next `tokens` of every row. Raises ConfigError if there is no room for them."""
@@ -71,10 +72,13 @@ class KeyValueCache:
         """Keep these rows in this order; row i of the new ones must be i or come from behind."""
         for new, old in enumerate(order):
             assert old == new or old >= len(order), "moves would overwrite each other"
+            if new == old:
+                continue
             for entries in self._layers.values():
-                if new != old:
-                    entries.keys_IBCHK[:, new] = entries.keys_IBCHK[:, old]
-                    entries.values_IBCHK[:, new] = entries.values_IBCHK[:, old]
+                entries.keys_IBCHK[:, new] = entries.keys_IBCHK[:, old]
+                entries.values_IBCHK[:, new] = entries.values_IBCHK[:, old]
+            if self._digits_BC is not None:
+                self._digits_BC[new] = self._digits_BC[old]
         self.lengths = [self.lengths[old] for old in order]
 
     def layer(self, part: str, index: int, like_BTHK: Tensor) -> _Entries:
@@ -86,6 +90,13 @@ class KeyValueCache:
             pair = _Entries(like_BTHK.new_zeros(shape), like_BTHK.new_zeros(shape))
             self._layers[part, index] = pair
         return self._layers[part, index]
+
+    def digits(self, device: torch.device) -> Tensor:
+        """How many digits of one number end at each token, [B, C]; made when first asked for."""
+        if self._digits_BC is None:
+            shape = (len(self.lengths), self.capacity)
+            self._digits_BC = torch.zeros(shape, dtype=torch.int64, device=device)
+        return self._digits_BC
 
     def core_layers(self) -> list[_Entries]:
         """The memory of the core's layers."""
@@ -125,6 +136,17 @@ class Span:
             self.positions_AT, mask, head_width=config.head_width, base=config.rope_base
         )
         return replace(layout, keys=self.keys)
+
+    def digits_before(self) -> Tensor:
+        """Digits of the number that the tokens before the new ones end with, [A]."""
+        first_A = self.positions_AT[:, 0]
+        rows_A1, _ = _places(self)
+        digits_A = self.cache.digits(first_A.device)[rows_A1[:, 0], (first_A - 1).clamp(min=0)]
+        return torch.where(first_A > 0, digits_A, 0)
+
+    def keep_digits(self, digits_AT: Tensor) -> None:
+        """Store what `digits_before` tells of the new tokens to those that follow."""
+        self.cache.digits(digits_AT.device)[_places(self)] = digits_AT
 
     def slot(self, part: str, layer: int, iteration: int = 0) -> "Slot":
         """Where one layer, in one iteration, writes and reads."""

@@ -99,6 +99,9 @@ class ModelConfig:
     """Whether embedded tokens and the initial state are multiplied by sqrt(width)."""
     qk_bias: bool = True
     """Whether queries and keys get a learned bias."""
+    digit_positions: int | None = None
+    """Places of a number's digits with a learned vector each, counted from the number's first digit
+    (arXiv 2405.17399); write numbers from their lowest digit on. null: digits are like all text."""
     path: ComputePath = ComputePath.reference
     """reference: plain PyTorch; compiled: layers by torch.compile; fused: hand-written passes."""
     no_grad_precision: ProductPrecision = ProductPrecision.same
@@ -118,7 +121,10 @@ class ModelConfig:
                 f"model.width={self.width} over model.heads={self.heads} must give an even whole "
                 f"head width, not {self.width / self.heads:g}."
             )
-
+        if self.digit_positions is not None and self.digit_positions < 1:
+            raise ConfigError(
+                f"model.digit_positions={self.digit_positions} must be at least 1, or null."
+            )
         self._check_path()
 
     def _check_path(self) -> None:

@@ -27,8 +27,10 @@ def layer_parameters(model: ModelConfig) -> int:
 def count_parameters(model: ModelConfig) -> dict[str, int]:
     """Parameters by part of the model; embedding and head are one tied matrix."""
     layer = layer_parameters(model)
+    places = model.digit_positions
     return {
         "embedding": model.vocabulary_size * model.width,
+        **({} if places is None else {"digit places": places * model.width}),
         "prelude": model.prelude_layers * layer,
         "adapter": _adapter_weights(model),
         "core": model.core_layers * layer,

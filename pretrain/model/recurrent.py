@@ -1,11 +1,11 @@
 """The recurrent-depth transformer (Huginn, arXiv 2502.05171).
 
-e      = prelude(sqrt(D) E[tokens])
+e      = prelude(sqrt(D) E[tokens])         with an option, sqrt(D) (E[tokens] + P[places])
 s_t    = core(adapter [s_(t-1) ; e])        t = 1..r, s_0 given
 logits = norm(coda(norm(s_r))) E^T          one norm, one E
 """
 
-# B rows  T tokens  D width  V vocabulary  N chosen depths
+# B rows  T tokens  D width  V vocabulary  N chosen depths  M labels that count
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from pretrain.errors import ConfigError
 from pretrain.model.block import make_block
 from pretrain.model.cache import Span
-from pretrain.model.config import DocumentMask, ModelConfig
+from pretrain.model.config import CHUNK_TOKENS, DocumentMask, ModelConfig
 from pretrain.model.core import RecurrentCore
 from pretrain.model.depth import Depth
 from pretrain.model.diagnostics import Diagnostics, diagnose, row_means
+from pretrain.model.digits import DigitEmbedding
 from pretrain.model.embedding import TiedEmbedding
 from pretrain.model.layout import Layout, Mask, split_documents
 from pretrain.model.loss import IGNORED, cross_entropy, weighted_sum
@@ -53,6 +54,8 @@ class Output(NamedTuple):
     """What the head sees, norm(coda(norm(s_r))): [B, T, D]."""
     nats_by_depth: Tensor | None = None
     """Sum of weight x nats of each row at each chosen depth: float32 [N, B]."""
+    hits_by_depth: Tensor | None = None
+    """Labels of each row that are the likeliest token at each chosen depth: float32 [N, B]."""
     labels_by_row: Tensor | None = None
     """Sum of weights of each row: float32 [B]."""
     diagnostics: Diagnostics | None = None
@@ -75,6 +78,11 @@ class RecurrentModel(nn.Module):
         # The mean depth it is trained with and what of it carries gradient, where that is known.
         self.usual_depth: Depth | None = None
         self.embedding = TiedEmbedding(config)
+        self.digit_embedding = (
+            None
+            if config.digit_positions is None
+            else DigitEmbedding(config, config.digit_positions)
+        )
         self.prelude = nn.ModuleList(make_block(config) for _ in range(config.prelude_layers))
         self.core = RecurrentCore(config)
         self.coda = nn.ModuleList(make_block(config) for _ in range(config.coda_layers))
@@ -90,27 +98,28 @@ class RecurrentModel(nn.Module):
         weights: Tensor | None = None,
         documents: Tensor | None = None,
         prefixes: Tensor | None = None,
+        digit_shift: Tensor | None = None,
         keep_logits: bool = True,
         return_states: bool = False,
         evaluate_depths: Sequence[int] | None = None,
         diagnose_depth: int | None = None,
+        measures_hits: bool = False,
     ) -> Output:
         """Run every row to its own depth.
 
         tokens [B, T] int; initial_state s_0 [B, T, D]; labels [B, T] aligned with tokens (the
         next token), -100 does not count; weights [B, T] of labels, default 1; documents [B, T],
         the index of each token's document in its row, -1 on padding, needed if the model isolates
-        documents; prefixes [B], leading tokens that all tokens of the row see. With
-        evaluate_depths (labels needed) only `nats_by_depth` and `labels_by_row` are returned, and
-        with diagnose_depth `diagnostics` there, `kl_by_depth` and `moves`. Raises ConfigError if
+        documents; prefixes [B], leading tokens that all tokens of the row see; digit_shift [B], see
+        `DigitEmbedding`. With evaluate_depths (labels needed) only `nats_by_depth` and
+        `labels_by_row` are returned, and with measures_hits (on one rank) `hits_by_depth`, with
+        diagnose_depth `diagnostics` there, `kl_by_depth` and `moves`. Raises ConfigError if
         arguments do not fit together.
         """
         _check(tokens, depths, initial_state, labels, evaluate_depths, diagnose_depth)
         layout = self._layout(tokens, documents, prefixes)
-        embedded_BTD = self.embed(tokens, layout)
-        keep = sorted({*(evaluate_depths or ()), *_last_two(diagnose_depth)})
-        if return_states:
-            keep = list(range(max(depth.total for depth in depths) + 1))
+        embedded_BTD = self.embed(tokens, layout, digit_shift_B=digit_shift)
+        keep = _iterations_to_keep(depths, evaluate_depths, diagnose_depth, return_states)
         state_BTD, kept, moves_RBT = self.core(
             embedded_BTD,
             initial_state.to(embedded_BTD.dtype),
@@ -122,23 +131,22 @@ class RecurrentModel(nn.Module):
         )
         if evaluate_depths is not None:
             assert labels is not None
-            states = dict(zip(keep, kept, strict=True))
+            state_at = dict(zip(keep, kept, strict=True))
             asked = sorted({*evaluate_depths, *_last_two(diagnose_depth)[1:]})
-            hidden = {depth: self.decode(states[depth], layout)[1] for depth in asked}
-            output = self._evaluate(hidden, evaluate_depths, labels, weights)
+            hidden = {depth: self.decode(state_at[depth], layout)[1] for depth in asked}
+            output = self._evaluate(hidden, evaluate_depths, labels, weights, measures_hits)
             if diagnose_depth is None:
                 return output
             assert moves_RBT is not None
             before, at, counted_BT = *_last_two(diagnose_depth), labels != IGNORED
             return output._replace(
-                diagnostics=diagnose(states[before], states[at], hidden[at], counted_BT),
+                diagnostics=diagnose(state_at[before], state_at[at], hidden[at], counted_BT),
                 kl_by_depth=self._compare(hidden, evaluate_depths, labels, weights),
                 moves=row_means(moves_RBT, counted_BT),
             )
         latent_BTD, hidden_BTD = self.decode(state_BTD, layout)
-        output = Output(state=state_BTD, latent=latent_BTD, hidden=hidden_BTD)
-        if return_states:
-            output = output._replace(states=kept)
+        states = kept if return_states else None
+        output = Output(state=state_BTD, states=states, latent=latent_BTD, hidden=hidden_BTD)
         return self._head(output, labels, weights, keep_logits)
 
     @torch.no_grad()
@@ -169,6 +177,33 @@ class RecurrentModel(nn.Module):
         )
         return output.nats_by_depth, output.labels_by_row
 
+    @torch.no_grad()
+    def hits_at(
+        self,
+        tokens: Tensor,
+        depths: Sequence[int],
+        *,
+        initial_state: Tensor,
+        labels: Tensor,
+        documents: Tensor | None = None,
+    ) -> Tensor:
+        """How many labels of each row are the likeliest token, at each depth: float32 [N, B].
+
+        Where all of them are, the greedy text from the same states is these labels. One pass to
+        the largest depth, no gradient.
+        """
+        output = self(
+            tokens,
+            [Depth(max(depths), 0)] * tokens.shape[0],
+            initial_state=initial_state,
+            labels=labels,
+            documents=documents,
+            evaluate_depths=depths,
+            measures_hits=True,
+        )
+        hits_NB: Tensor = output.hits_by_depth
+        return hits_NB
+
     def _layout(
         self,
         tokens_BT: Tensor,
@@ -190,9 +225,18 @@ class RecurrentModel(nn.Module):
             base=self.config.rope_base,
         )
 
-    def embed(self, tokens_BT: Tensor, layout: Layout, span: Span | None = None) -> Tensor:
+    def embed(
+        self,
+        tokens_BT: Tensor,
+        layout: Layout,
+        span: Span | None = None,
+        digit_shift_B: Tensor | None = None,
+    ) -> Tensor:
         """What every iteration is given, e [B, T, D]; a span continues tokens already read."""
-        return _run(self.prelude, self.embedding(tokens_BT), layout, span, "prelude")
+        x_BTD = self.embedding(tokens_BT)
+        if self.digit_embedding is not None:
+            x_BTD = x_BTD + self.digit_embedding(tokens_BT, digit_shift_B, span)
+        return _run(self.prelude, x_BTD, layout, span, "prelude")
 
     def decode(
         self, state_BTD: Tensor, layout: Layout, span: Span | None = None
@@ -228,13 +272,32 @@ class RecurrentModel(nn.Module):
         depths: Sequence[int],
         labels_BT: Tensor,
         weights_BT: Tensor | None,
+        measures_hits: bool,
     ) -> Output:
         rows = []
         for depth in depths:
             nats_BT = self.embedding(None, hidden[depth], labels_BT)
             nats_B, labels_B = weighted_sum(nats_BT, labels_BT, weights_BT, dim=1)
             rows.append(nats_B)
-        return Output(nats_by_depth=torch.stack(rows), labels_by_row=labels_B)
+        return Output(
+            nats_by_depth=torch.stack(rows),
+            labels_by_row=labels_B,
+            hits_by_depth=self._count_hits(hidden, depths, labels_BT) if measures_hits else None,
+        )
+
+    def _count_hits(
+        self, hidden: dict[int, Tensor], depths: Sequence[int], labels_BT: Tensor
+    ) -> Tensor:
+        is_counted_BT = labels_BT != IGNORED
+        wanted_M = labels_BT[is_counted_BT]
+        rows_NB = []
+        for depth in depths:
+            hits_BT = torch.zeros_like(is_counted_BT)
+            parts = hidden[depth][is_counted_BT].split(CHUNK_TOKENS)
+            found = [self.embedding(None, part_MD[None])[0].argmax(-1) for part_MD in parts]
+            hits_BT[is_counted_BT] = torch.cat(found) == wanted_M
+            rows_NB.append(hits_BT.sum(1))
+        return torch.stack(rows_NB).float()
 
     def _compare(
         self,
@@ -254,6 +317,18 @@ class RecurrentModel(nn.Module):
             for depth, following in pairwise(depths)
         ]
         return torch.stack(rows) if rows else labels_BT.new_zeros(0, len(labels_BT)).float()
+
+
+def _iterations_to_keep(
+    depths: Sequence[Depth],
+    evaluate_depths: Sequence[int] | None,
+    diagnose_depth: int | None,
+    return_states: bool,
+) -> list[int]:
+    """After which iterations the core keeps the state, ascending."""
+    if return_states:
+        return list(range(max(depth.total for depth in depths) + 1))
+    return sorted({*(evaluate_depths or ()), *_last_two(diagnose_depth)})
 
 
 def _last_two(depth: int | None) -> tuple[int, ...]:

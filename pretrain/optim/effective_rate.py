@@ -65,8 +65,11 @@ def _add(
 
 
 def part_of(name: str) -> str:
-    """The part of the model that a parameter belongs to; the final norm counts as the coda's."""
+    """The part of the model that a parameter belongs to; the final norm counts as the coda's.
+
+    The places of digits are embedded too.
+    """
     if name.endswith(".adapter"):
         return "adapter"
-    head = name.split(".")[0]
+    head = name.split(".")[0].removeprefix("digit_")
     return head if head in PARTS else "coda"

@@ -1,8 +1,8 @@
-"""Log-likelihoods of parts of texts, at many depths in one pass: perplexity and choices."""
+"""Likelihoods of parts of texts, at many depths in one pass: perplexity, choices, exact answers."""
 
 # B rows  T tokens  N depths  D width
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -83,12 +83,34 @@ def nats_of(subject: Subject, rows: Sequence[Row], name: str) -> list[tuple[floa
 
     So a row's nats depend on nothing but itself, up to the rounding of products of another shape.
     """
+
+    def measure(tokens_BT: Tensor, **given: Tensor) -> Tensor:
+        nats_NB, _ = subject.model.losses_at(tokens_BT, subject.depths, **given)
+        return nats_NB
+
+    return _of_rows(subject, rows, name, measure)
+
+
+def hits_of(subject: Subject, rows: Sequence[Row], name: str) -> list[tuple[int, ...]]:
+    """How many of the tokens that each row scores are the likeliest, at each depth."""
+
+    def measure(tokens_BT: Tensor, **given: Tensor) -> Tensor:
+        return subject.model.hits_at(tokens_BT, subject.depths, **given)
+
+    return [tuple(map(int, hits)) for hits in _of_rows(subject, rows, name, measure)]
+
+
+def _of_rows(
+    subject: Subject, rows: Sequence[Row], name: str, measure: Callable[..., Tensor]
+) -> list[tuple[float, ...]]:
+    """What `measure` finds of each row, at each depth, from batches of similar length."""
     lengths = [_padded(len(row.ids) - 1, subject.context) for row in rows]
     batches = batches_by_length(lengths, most_tokens=subject.batch_tokens, most_rows=_MOST_ROWS)
     state_1TD = one_state(subject)
 
     def work(batch: Batch) -> list[tuple[float, ...]]:
-        return _pass(subject, [rows[index] for index in batch], lengths[batch[0]], state_1TD)
+        chosen, length = [rows[index] for index in batch], lengths[batch[0]]
+        return _pass(subject, chosen, length, state_1TD, measure)
 
     return share(subject.world, name, batches, work)
 
@@ -107,7 +129,11 @@ def one_state(subject: Subject) -> Tensor:
 
 
 def _pass(
-    subject: Subject, rows: Sequence[Row], length: int, state_1TD: Tensor
+    subject: Subject,
+    rows: Sequence[Row],
+    length: int,
+    state_1TD: Tensor,
+    measure: Callable[..., Tensor],
 ) -> list[tuple[float, ...]]:
     """Padding stands behind the text, where no token of it looks, and is a document of its own."""
     tokens_BT = torch.full((len(rows), length), subject.tokenizer.special.pad)
@@ -119,14 +145,13 @@ def _pass(
         labels_BT[at, read - row.scored : read] = ids[len(ids) - row.scored :]
         documents_BT[at, :read] = 0
     device = subject.world.device
-    nats_NB, _ = subject.model.losses_at(
+    found_NB = measure(
         tokens_BT.to(device),
-        subject.depths,
         initial_state=state_1TD[:, :length].expand(len(rows), -1, -1),
         labels=labels_BT.to(device),
         documents=documents_BT.to(device),
     )
-    return [tuple(nats_N) for nats_N in nats_NB.T.double().tolist()]
+    return [tuple(found_N) for found_N in found_NB.T.double().tolist()]
 
 
 def _padded(length: int, context: int) -> int:

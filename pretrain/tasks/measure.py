@@ -8,9 +8,17 @@ from pretrain.model.decoding import Exit
 from pretrain.tasks.answers import find_answer, is_same
 from pretrain.tasks.completions import Completion, complete
 from pretrain.tasks.config import EvaluateOptions
-from pretrain.tasks.likelihood import Row, Subject, continuation_row, nats_of, text_rows
+from pretrain.tasks.likelihood import (
+    Row,
+    Subject,
+    continuation_row,
+    hits_of,
+    nats_of,
+    text_rows,
+)
 from pretrain.tasks.prompts import (
     continuations,
+    exact_continuation,
     is_equation,
     program_prompt,
     program_text,
@@ -53,6 +61,8 @@ def measure(subject: Subject, task: Task, options: EvaluateOptions) -> Outcome:
             scores, found = _perplexity(subject, task, cast("tuple[Text, ...]", items))
         case Kind.multiple_choice:
             scores, found = _choices(subject, task, cast("tuple[Choice, ...]", items))
+        case Kind.exact:
+            scores, found = _exact(subject, task, cast("tuple[Question, ...]", items))
         case Kind.generate:
             scores, found = _answers(subject, task, cast("tuple[Question, ...]", items), options)
         case Kind.code:
@@ -124,6 +134,32 @@ def _choices(subject: Subject, task: Task, items: Sequence[Choice]) -> Found:
         for name, key in (("accuracy", "chosen"), ("accuracy_normalized", "chosen_normalized"))
     }
     return scores, records
+
+
+def _exact(subject: Subject, task: Task, items: Sequence[Question]) -> Found:
+    """The share of answers of which every token is the likeliest, as greedy text would have it.
+
+    Unlike written text, all depths take one pass.
+    """
+    parts = [exact_continuation(item) for item in items]
+    rows = [continuation_row(subject.tokenizer, part, subject.context) for part in parts]
+    records: list[dict[str, Any]] = [
+        {
+            "id": item.id,
+            "answer": item.answer,
+            "tokens": row.scored,
+            "hits": list(hits),
+            "is_right": [count == row.scored for count in hits],
+            "is_cut": row.is_cut,
+        }
+        for item, row, hits in zip(items, rows, hits_of(subject, rows, task.name), strict=True)
+    ]
+    tokens = [r["tokens"] for r in records]
+    by_depth = range(len(subject.depths))
+    return {
+        "exact_match": _share_of(records, "is_right", subject),
+        "token_accuracy": [ratio([r["hits"][at] for r in records], tokens) for at in by_depth],
+    }, records
 
 
 def _answers(

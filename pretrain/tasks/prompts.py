@@ -65,6 +65,11 @@ def question_prompt(item: Question) -> Prompt:
     return Prompt(f"Question: {item.question}\nAnswer:", _NEXT_QUESTION)
 
 
+def exact_continuation(item: Question) -> Continuation:
+    """Question and answer as they stand, of which the answer counts."""
+    return Continuation(item.question, item.answer)
+
+
 def is_equation(item: Question) -> bool:
     """Whether the answer follows at once."""
     return item.question.rstrip().endswith("=")

@@ -19,6 +19,7 @@ class Kind(Enum):
 
     perplexity = "perplexity"
     multiple_choice = "multiple_choice"
+    exact = "exact"
     generate = "generate"
     code = "code"
 
@@ -44,7 +45,7 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """A question and its final answer."""
+    """A question and its final answer; of kind `exact`, the text that must follow at once."""
 
     id: str
     question: str
@@ -83,6 +84,7 @@ _ALWAYS = {"task", "kind", "id", "meta"}
 _FIELDS = {
     Kind.perplexity: {"text"},
     Kind.multiple_choice: {"context", "question", "choices", "gold"},
+    Kind.exact: {"question", "answer"},
     Kind.generate: {"question", "answer", "solution"},
     Kind.code: {"prompt", "canonical_solution", "test", "entry_point"},
 }
@@ -164,6 +166,7 @@ class _Record:
         makers: dict[Kind, Callable[[str], Item]] = {
             Kind.perplexity: self._perplexity,
             Kind.multiple_choice: self._multiple_choice,
+            Kind.exact: self._generate,
             Kind.generate: self._generate,
             Kind.code: self._code,
         }

@@ -1,11 +1,14 @@
 """Rows become micro-batches: deepest first, labels right, states keyed by global row."""
 
+import dataclasses
+
 import torch
 
 from pretrain.data.loader import Batch
 from pretrain.loop.micro_batches import labels_of, micro_batches, row_checksum
 from pretrain.model.config import DocumentMask, ModelConfig
 from pretrain.model.depth import Depth
+from pretrain.model.digits import digit_shifts
 from pretrain.model.initial_state import initial_states
 from pretrain.model.loss import IGNORED
 
@@ -44,6 +47,15 @@ def test_initial_states_belong_to_global_rows() -> None:
     expected = initial_states([103, 101, 102, 100, 104], seed=5, context=4, width=16)
     assert torch.equal(parts[0].initial_state_BTD, expected)
     assert not torch.equal(expected[0], expected[1])
+
+
+def test_shifts_of_places_belong_to_global_rows() -> None:
+    assert cut(make_batch(), 5)[0].digit_shift_B is None
+    model = dataclasses.replace(MODEL, digit_positions=9)
+    (part,) = micro_batches(
+        make_batch(), DEPTHS, model=model, micro_rows=5, seed=5, device=torch.device("cpu")
+    )
+    assert torch.equal(part.digit_shift_B, digit_shifts([103, 101, 102, 100, 104], seed=5))
 
 
 def test_labels_are_the_next_tokens_without_padding() -> None:

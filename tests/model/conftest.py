@@ -50,7 +50,10 @@ def make_model() -> MakeModel:
     """A small initialised model in float64, where 1e-10 separates a bug from rounding."""
 
     def make(
-        *, documents: DocumentMask = DocumentMask.causal, dtype: torch.dtype = torch.float64
+        *,
+        documents: DocumentMask = DocumentMask.causal,
+        dtype: torch.dtype = torch.float64,
+        digit_positions: int | None = None,
     ) -> RecurrentModel:
         config = ModelConfig(
             name="small",
@@ -63,6 +66,7 @@ def make_model() -> MakeModel:
             vocabulary_size=32,
             context=16,
             documents=documents,
+            digit_positions=digit_positions,
         )
         model = RecurrentModel(config).to(dtype)
         initialize(model, mean_depth=4, seed=5)
@@ -74,6 +78,8 @@ def make_model() -> MakeModel:
                     parameter.normal_(0.0, 0.5, generator=generator)
                 if name.endswith(("output", "down")):
                     parameter.mul_(6.0)
+        if model.digit_embedding is not None:
+            model.digit_embedding.tell_digits(range(10))
         return model
 
     return make

@@ -58,6 +58,18 @@ def test_graphs_change_no_token(make_model, options):
     assert graphs >= 3
 
 
+def test_numbers_go_on_inside_graphs(make_model):
+    model = make_model(digit_positions=16).cuda()
+    with torch.no_grad():
+        # mostly digits, so that places matter
+        model.embedding.weight[:10] *= 3.0
+    plain, _, _ = read_tokens(model, OPTIONS, is_graphed=False)
+    found, _, graphs = read_tokens(model, OPTIONS, is_graphed=True)
+    assert found == plain
+    assert graphs >= 3
+    assert sum(token < 10 for row in plain for token in row) > 8
+
+
 def test_speculation_on_a_gpu_gives_the_deep_tokens(make_model):
     model = make_model().cuda()
     steps = zip(*generate_rows(model, UNEVEN, OPTIONS), strict=True)

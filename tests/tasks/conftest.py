@@ -37,6 +37,10 @@ ITEMS: dict[str, list[dict[str, Any]]] = {
         {"kind": "generate", "question": f"{a}+{b}=", "answer": str(a + b)}
         for a, b in ((3, 4), (120, 7), (55, 66), (1, 1), (900, 99))
     ] + [{"kind": "generate", "question": "How many legs have two herons?", "answer": "4"}],
+    "places": [
+        {"kind": "exact", "question": "The heron", "answer": answer}
+        for answer in (" stands in the water.\n", "s wait", "\n\nRain", " is a bird that waits")
+    ],
     "programs": [
         {"kind": "code", "prompt": 'def twice(x):\n    """Two times x."""\n',
          "canonical_solution": "    return 2 * x\n", "entry_point": "twice",

@@ -90,7 +90,7 @@ def evaluated(
     return run
 
 
-ALL = ["birds", "endings", "sums", "programs"]
+ALL = ["birds", "endings", "sums", "places", "programs"]
 
 
 @pytest.fixture(scope="session")
@@ -290,6 +290,78 @@ def measured(
     )
     chosen = EvaluateOptions(depths=depths, rows=1, tasks=[str(path)], **options)
     return measure(subject, read_task(path), chosen)
+
+
+def test_hits_are_those_of_the_likeliest_tokens(
+    found: Found, trained: Trained, tokenizer: Tokenizer, task_files: dict[str, Path]
+) -> None:
+    summary, items = found["places"]
+    records = [json.loads(line) for line in task_files["places"].read_text().splitlines()]
+    for item, record in zip(items, records, strict=True):
+        given = tokenizer.encode(record["question"])
+        whole = tokenizer.encode(record["question"] + record["answer"])
+        # these answers begin with a token of their own
+        assert whole[: len(given)] == given
+        assert item["tokens"] == len(whole) - len(given)
+        for at, depth in enumerate(DEPTHS):
+            likeliest = plain_likeliest(trained, [tokenizer.special.begin_text, *whole], depth)
+            hits = [a == b for a, b in zip(likeliest, whole, strict=True)][len(given) :]
+            assert item["hits"][at] == sum(hits)
+            assert item["is_right"][at] == all(hits)
+    tokens = sum(item["tokens"] for item in items)
+    assert summary["scores"]["token_accuracy"]["value"] == [
+        sum(item["hits"][at] for item in items) / tokens for at in range(len(DEPTHS))
+    ]
+
+
+def plain_likeliest(trained: Trained, ids: list[int], depth: int) -> list[int]:
+    """The likeliest token after each but the last."""
+    config = trained.config.model
+    state = initial_states(
+        [0], seed=STATE_SEED, context=len(ids) - 1, width=config.width, sigma=config.state_sigma
+    )
+    with torch.no_grad():
+        logits = trained.model(
+            torch.tensor([ids[:-1]]), [Depth(depth, 0)], initial_state=state
+        ).logits[0]
+    likeliest: list[int] = logits.argmax(-1).tolist()
+    return likeliest
+
+
+def test_an_answer_is_exact_where_greedy_text_is_it(
+    trained: Trained, tokenizer: Tokenizer, write_items: Write
+) -> None:
+    records, expected = [], []
+    for question in ("How many herons", "The water", "Who waits", "Rain falls", "He opens"):
+        greedy = [plain_ids(trained, tokenizer, question, depth) for depth in DEPTHS]
+        for ids in greedy:
+            # as much of what is written as is read again as the same tokens
+            count = max(
+                (n for n in range(1, NEW_TOKENS + 1) if reads_back(tokenizer, question, ids[:n])),
+                default=0,
+            )
+            if not count:
+                continue
+            text = tokenizer.decode(ids[:count])
+            records.append({"kind": "exact", "question": question, "answer": text})
+            expected.append([ids[:count] == other[:count] for other in greedy])
+    outcome = measured(trained, tokenizer, write_items("herons", records), DEPTHS)
+    assert [item["is_right"] for item in outcome.items] == expected
+    assert {True, False} <= {is_right for row in expected for is_right in row}
+    assert outcome.measure == "exact_match"
+
+
+def plain_ids(trained: Trained, tokenizer: Tokenizer, prompt: str, depth: int) -> list[int]:
+    ids = [tokenizer.special.begin_text, *tokenizer.encode(prompt)]
+    how = Decoding(num_steps=depth, max_new_tokens=NEW_TOKENS, seed=STATE_SEED)
+    return [chosen.token for chosen in generate(trained.model, ids, how)]
+
+
+def reads_back(tokenizer: Tokenizer, question: str, ids: list[int]) -> bool:
+    text = tokenizer.decode(ids)
+    return bool(text.strip()) and tokenizer.encode(question + text) == [
+        *tokenizer.encode(question), *ids,
+    ]  # fmt: skip
 
 
 def test_an_exit_rule_spares_iterations(

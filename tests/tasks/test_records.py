@@ -37,6 +37,7 @@ def test_items_are_read_whole(tmp_path: Path, task_files: dict[str, Path]) -> No
         "birds": "perplexity",
         "endings": "multiple_choice",
         "sums": "generate",
+        "places": "exact",
         "programs": "code",
     }
 

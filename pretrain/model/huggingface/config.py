@@ -255,6 +255,7 @@ def _check_published(config: ModelConfig) -> None:
         "injection": Injection.linear,
         "embedding_scale": True,
         "qk_bias": True,
+        "digit_positions": None,
     }
     for key, wanted in published.items():
         value = getattr(config, key)

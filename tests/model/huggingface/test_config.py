@@ -153,6 +153,7 @@ def test_what_is_written_is_read_again(tmp_path, depth):
         {"injection": Injection.add},
         {"embedding_scale": False},
         {"qk_bias": False},
+        {"digit_positions": 5},
     ],
 )
 def test_a_variant_has_no_place_in_the_published_format(changes):
