@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 OTHER := .venv-transformers-4
 OTHER_STAMP := $(OTHER)/.installed
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all test-slurm faults check bench clean
+.PHONY: help train test test-all test-slurm faults check docs bench clean
 
 help:
 	@echo "make train     install if needed, then raw text to a trained model on this CPU"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-slurm  every job script on a private SLURM (as root; slurm-wlm and munge)"
 	@echo "make faults    kills, full disks, damage, hangs only"
 	@echo "make check     format, lint and types"
+	@echo "make docs      the documentation as a site, in out/site"
 	@echo "make bench     what this machine can measure: the loader; with a GPU, kernels and steps too (30 min)"
 	@echo "make clean     remove what make train produced (not .venv*)"
 
@@ -68,6 +69,11 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/shellcheck launch/*.sh launch/env/*.sh slurm/*.sbatch slurm/sites/*.sh .ci/run
+
+# Fails on a link or a section that is not there. The variable silences a notice about the theme's end (pyproject.toml).
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "out/site/index.html; with search: $(BIN)/python -m http.server --directory out/site"
 
 clean:
 	rm -rf out

@@ -1,9 +1,11 @@
-"""Every command that the README shows exists, and its arguments compose."""
+"""Every command that a page shows exists, and its arguments compose; the README's tree is there."""
 
+import importlib.util
 import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -15,20 +17,48 @@ from pretrain.multirun import combinations
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```sh\n(.*?)```", TEXT, flags=re.S)
-LINES = [
-    line.split("  #")[0].strip()
-    for block in BLOCKS
-    for line in block.splitlines()
-    if line.strip() and not line.startswith("#")
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "slurm/README.md",
+    ROOT / "kernels/README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
+# a block with a title is a file that the page asks its reader to write
+WRITTEN = re.compile(r'^```\w+ title="([^"]+)"\n(.*?)^```', flags=re.M | re.S)
+# of the shell and of other projects: nothing of ours is in their arguments
+FOREIGN = {"git", "cd", "cp", "export", "hf", "scancel", "source", "squeue", "tail", "touch"}
+
+# Hydra's, with what follows one
+FLAGS = {"--multirun", "--cfg", "job"}
+
+
+class Shown(NamedTuple):
+    """A command and the page that shows it."""
+
+    page: Path
+    line: str
+
+
+def lines_of(page: Path) -> list[Shown]:
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    commands = [line.split("  #")[0].strip() for line in lines if not line.startswith("#")]
+    return [Shown(page, line) for line in commands if line]
+
+
+SHOWN = list({shown.line: shown for page in PAGES for shown in lines_of(page)}.values())
+
+
+def written_files(page: Path) -> dict[str, str]:
+    """What a page asks its reader to write, by its path in the project."""
+    return dict(WRITTEN.findall(page.read_text(encoding="utf-8")))
 
 
 def words_of(line: str) -> list[str]:
     return [word for word in shlex.split(line) if "$" not in word]
 
 
-def check_pretrain(words: list[str], tmp_path: Path) -> None:
+def check_pretrain(words: list[str]) -> None:
     for command in COMMANDS:
         names = command.words.split()
         if words[: len(names)] == names:
@@ -36,44 +66,79 @@ def check_pretrain(words: list[str], tmp_path: Path) -> None:
             if command.words == "adopt":
                 overrides = complete(overrides)
             # what names a run by a swept value is not among the words
-            for job in combinations([word for word in overrides if word != "--multirun"]):
+            for job in combinations([word for word in overrides if word not in FLAGS]):
                 load(command.primary, job)
             return
     raise AssertionError(f"there is no command {words[0]}")
 
 
-def test_the_readme_shows_commands() -> None:
-    assert len(LINES) > 15
+def check_python(words: list[str]) -> None:
+    """A file of the project, or a module and, for pytest, files of the project."""
+    if words[0] != "-m":
+        assert (ROOT / words[0]).is_file()
+        return
+    assert importlib.util.find_spec(words[1])
+    if words[1] == "pytest":
+        paths = [word for word in words[2:] if word.endswith(".py")]
+        assert paths
+        assert all((ROOT / path).is_file() for path in paths)
 
 
-@pytest.mark.parametrize("line", LINES)
-def test_command_of_the_readme_is_real(
-    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # where a command reads a run, there is one
-    monkeypatch.chdir(tmp_path)
-    write_frozen(load("train", []), tmp_path / "out/runs/tiny")
-    if " hf=" in line:
-        write_published_tokenizer(tmp_path / "huginn-0125", 384)
-        for name in ("config.json", "model.safetensors"):
-            shutil.copy(ROOT / "tests/golden/a_1_2_1_d96" / name, tmp_path / "huginn-0125")
-    words = words_of(line)
+def check(words: list[str]) -> None:
     first = words[0]
     if first == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.M)
         assert words[1] in targets
     elif first.endswith("pretrain"):
-        check_pretrain(words[1:], tmp_path)
+        check_pretrain(words[1:])
     elif first == "torchrun":
-        check_pretrain(words[words.index("pretrain") + 1 :], tmp_path)
+        check_pretrain(words[words.index("pretrain") + 1 :])
     elif first == "sbatch" or first.startswith("launch/"):
         scripts = [word for word in words if word.endswith((".sbatch", ".sh"))]
         assert scripts
         assert (ROOT / scripts[0]).is_file()
         overrides = [word for word in words[words.index(scripts[0]) + 1 :] if "=" in word]
         load("evaluate" if "eval" in scripts[0] else "train", overrides)
+    elif first.endswith("python"):
+        check_python(words[1:])
     else:
-        assert first in {"git", "cd", "export"}, f"untested kind of command: {line}"
+        assert first in FOREIGN, f"untested kind of command: {shlex.join(words)}"
+
+
+def test_pages_show_commands() -> None:
+    assert len(lines_of(ROOT / "README.md")) > 10
+    assert all(lines_of(page) for page in (ROOT / "docs/tutorials").glob("*.md"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder that has been begun."""
+    folder = tmp_path_factory.mktemp("run")
+    write_frozen(load("train", []), folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "shown", SHOWN, ids=[f"{shown.page.relative_to(ROOT)}: {shown.line}" for shown in SHOWN]
+)
+def test_command_of_a_page_is_real(
+    shown: Shown, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # where a command reads a run, there is one
+    shutil.copytree(run, tmp_path / "out/runs/tiny")
+    for folder in re.findall(r" hf=(\S+)", shown.line):
+        write_published_tokenizer(tmp_path / folder, 384)
+        for name in ("config.json", "model.safetensors"):
+            shutil.copy(ROOT / "tests/golden/a_1_2_1_d96" / name, tmp_path / folder)
+    settings = {n: text for n, text in written_files(shown.page).items() if n.startswith("conf/")}
+    if settings:
+        shutil.copytree(ROOT / "conf", tmp_path / "conf")
+        for name, text in settings.items():
+            assert name.startswith("conf/user/") or not (ROOT / name).exists(), name
+            (tmp_path / name).write_text(text, encoding="utf-8")
+        monkeypatch.setattr("pretrain.compose.config_source", lambda: str(tmp_path / "conf"))
+    check(words_of(shown.line))
 
 
 def test_tree_of_the_readme_is_the_tree() -> None:
