@@ -1,7 +1,7 @@
 """The run folder: what one run keeps on disk, and how a life of it begins and ends.
 
 config.yaml           the frozen configuration
-metrics.jsonl         one object per step and per validation
+metrics.jsonl         one object per step and per validation, samples with it
 metrics.discarded.jsonl   records of steps that a later life took again, or that were taken back
 quarantine.jsonl      rows that damage has cost (data.on_damage=quarantine)
 lineage.jsonl         one line when a life begins, one when it ends
