@@ -77,6 +77,7 @@ from pretrain.model.init import initialize
 from pretrain.model.recurrent import RecurrentModel
 from pretrain.optim.effective_rate import effective_rates
 from pretrain.preflight.nvml import read_sensors
+from pretrain.preflight.versions import environment
 
 log = logging.getLogger(__name__)
 
@@ -152,19 +153,20 @@ def _life(config: TrainConfig, world: World, stop: StopSignals, lock: RunLock) -
     sensors = Sensors(lambda: _feel(world.device), every_s=config.logging.sensors_every_s)
     with lineage, watch, sensors:
         session = _open_session(config, world, stop, inputs, lock, watch, control, sensors)
-        found = origin(code_origin() if world.is_main else {}, inputs.identity)
+        code = code_origin() if world.is_main else {}
+        found = origin(code, inputs.identity, environment(world))
         record = Record(config, run_dir, session.state, rank=world.rank, origin=found)
         records.append(record)
         _train(session, inputs, record, lock, lineage)
         session.forget_batches()
         lineage.reason = _reason_to_leave(session)
-    code = EXIT_FINISHED if lineage.reason == FINISHED else EXIT_SAVED_ON_SIGNAL
+    exit_code = EXIT_FINISHED if lineage.reason == FINISHED else EXIT_SAVED_ON_SIGNAL
     if world.is_main and lineage.reason not in (FINISHED, STOPPED):
         write_requeue_record(run_dir, session.state.step)
         record.requeued(session.state, lineage.reason)
-    for path in record.finish(code):
+    for path in record.finish(exit_code):
         log.info("plot: %s", path)
-    return code
+    return exit_code
 
 
 def _reason_to_leave(session: Session) -> str:

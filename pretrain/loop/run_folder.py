@@ -16,7 +16,7 @@ evaluation/           what `pretrain evaluate` found
 replay/               what `pretrain replay` found
 report.html           what `pretrain report` made of all this
 wandb/                W&B's files; tensorboard/: TensorBoard's; sync/: what `pretrain sync` wrote
-origin.json           code, data, tokenizer and job of the newest life
+origin.json           code, data, tokenizer, software, devices and job of the newest life
 lock.json             who is writing here now; lock.last: the token of who did last
 code/                 copies of the code that `pretrain submit` made, and jobs run from
 job.sbatch, job.sh    the script that it made; container.sh, hosts/: what goes with it

@@ -77,6 +77,12 @@ RESOURCES = (
     Spec("Seconds to write a checkpoint", ("checkpoint/written_s",)),
     Spec("Seconds that training waited for a save", ("checkpoint/blocked_s",)),
 )
+SENSORS = (
+    Spec("GPU busy", ("gpu/utilization",), note="share of time in which a kernel ran"),
+    Spec("GPU power", ("gpu/power_w",), note="mean of the ranks"),
+    Spec("GPU temperature", ("gpu/temperature_c",), note="mean of the ranks"),
+    Spec("GPU clock", ("gpu/clock_hz",), note="of the multiprocessors, mean of the ranks"),
+)
 # Drawn elsewhere, or numbers whose curve says nothing.
 NOT_CURVES = {
     "loss/nats", "data/first_row", "data/checksum", "data/rows", "checkpoint/step",

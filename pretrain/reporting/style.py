@@ -92,6 +92,13 @@ tr:last-child td { border-bottom: 0; }
   background: repeating-linear-gradient(45deg, #67738a 0 9px, #576279 9px 18px); }
 .ends { display: flex; justify-content: space-between; color: var(--muted); font-size: 12.5px;
   margin: 4px 2px 14px; }
+.sample { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; margin: 0;
+  padding: 10px 14px; display: grid; grid-template-columns: max-content minmax(0, 1fr);
+  gap: 8px 14px; align-content: start; min-width: 0; }
+.sample dt { color: var(--muted); font-size: 12.5px; padding-top: 2px; }
+.sample dd { margin: 0; min-width: 0; } .sample b { color: var(--accent); }
+pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4;
+  font: 13px/1.45 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
 details { margin-top: 14px; } summary { cursor: pointer; color: var(--accent); padding: 6px 0; }
 footer { color: var(--muted); font-size: 12.5px; margin-top: 40px; }
 @media (max-width: 560px) {

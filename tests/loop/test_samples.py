@@ -2,6 +2,7 @@
 
 import json
 import logging
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pretrain.compose import load
 from pretrain.config import TrainConfig
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import ConfigError
+from pretrain.loop.origin import read_origin
 from pretrain.loop.samples import Sampler, sample_seed
 from pretrain.loop.sink import SAMPLES
 from pretrain.model.init import initialize
@@ -62,6 +64,15 @@ def samples_of(records: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]
 def sampled(workspace: Path) -> list[dict[str, Any]]:
     """The record of a run with samples."""
     return train(workspace, "sampled", *ASKED)
+
+
+def test_the_run_knows_what_it_ran_on(workspace: Path, spread: list[dict[str, Any]]) -> None:
+    found = read_origin(workspace / "out/runs/spread")
+    assert found["software"]["torch"] == torch.__version__
+    assert found["software"]["python"] == platform.python_version()
+    assert {"deepspeed", "triton", "numpy", "webdataset", "cuda", "driver"} < set(found["software"])
+    assert list(found["devices"].values()) == [2]
+    assert next(iter(found["devices"])).startswith("CPU: ")
 
 
 def test_every_prompt_is_continued_at_every_depth_after_each_validation(
