@@ -5,6 +5,7 @@ One process, torchrun and srun start the same program; ranks come from the envir
 
 import logging
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -230,8 +231,9 @@ def _refresh(lock: RunLock, session: Session) -> None:
 
 
 def _validate(session: Session, inputs: _Inputs) -> dict[str, Any]:
-    """Held-out loss, the health of the recurrence, how far updates reach, and samples."""
+    """Held-out loss, the health of the recurrence, how far updates reach, samples, and seconds."""
     config, engine, world = session.config, session.engine, session.world
+    started = time.monotonic()
     with engine.evaluation() as model:
         result = validate(
             model,
@@ -241,8 +243,11 @@ def _validate(session: Session, inputs: _Inputs) -> dict[str, Any]:
             depths=config.validation.depths,
             diagnose_depth=config.depth.mean,
         )
+        measured = time.monotonic()
         session.watch.enter(session.state.step, "samples")
         result |= inputs.sampler.take(model, step=session.state.step, device=world.device)
+    result["time/validation_s"] = measured - started
+    result["time/samples_s"] = time.monotonic() - measured
     return result | effective_rates(engine.optimizer, engine.layout)
 
 

@@ -30,6 +30,11 @@ SPEED = (
         ("time/forward_s", "time/backward_s", "time/update_s", "time/wait_s"),
         ("forward", "backward", "update", "waiting for ranks"),
     ),
+    Spec(
+        "Seconds of a validation",
+        ("time/validation_s", "time/samples_s"),
+        ("held-out loss", "samples"),
+    ),
     Spec("Model FLOPs per second and rank", ("speed/model_flops_per_s_per_rank",)),
     Spec(
         "Slowest rank",

@@ -85,6 +85,9 @@ def test_every_prompt_is_continued_at_every_depth_after_each_validation(
         assert [(sample["prompt"], sample["depth"]) for sample in samples] == wanted
         assert {sample["seed"] for sample in samples} == {sample_seed(0, step)}
     assert len({sample_seed(run, step) for run in (0, 1) for step in (1, 2, 3)}) == 6
+    for record in sampled:
+        if SAMPLES in record:
+            assert record["time/samples_s"] > 0 < record["time/validation_s"]
     said = (workspace / "said/sampled/0.txt").read_text()
     shown = " ".join((PROMPTS[0] + found[3][1]["text"]).split())
     assert f"sample at step 3, r=4: {shown}" in said
