@@ -10,12 +10,14 @@ from pretrain.reporting.record import Series
 from pretrain.reporting.run import Run
 from pretrain.reporting.scale import Kind
 from pretrain.reporting.specs import (
+    EPOCHS,
     LISTS,
     NOT_CURVES,
     OPTIMIZATION,
     RECURRENCE,
     RESOURCES,
     SENSORS,
+    SHARE,
     SPEED,
     Spec,
 )
@@ -312,6 +314,9 @@ def other_charts(runs: Sequence[Run]) -> tuple[list[str], list[tuple[str, str]]]
     shown = (*SPEED, *OPTIMIZATION, *RECURRENCE, *RESOURCES, *SENSORS)
     drawn = {key for spec in shown if _changes(spec, runs) for key in spec.keys}
     keys = sorted({key for run in runs for key in run.record.series} - drawn - NOT_CURVES)
+    # the section about data has them; runs that are compared keep epochs, a chart for each
+    told = (SHARE, EPOCHS) if len(runs) == 1 else (SHARE,)
+    keys = [key for key in keys if not key.startswith(told)]
     specs: list[Spec] = []
     constant: list[tuple[str, str]] = []
     for key in keys:

@@ -36,7 +36,8 @@ def in_bytes(value: float) -> str:
     """1.5 GiB."""
     for size, unit in _BYTES:
         if abs(value) >= size and math.isfinite(value):
-            return f"{value / size:.3g} {unit}"
+            # up to 1,023 of a unit
+            return f"{plain(value / size, 3)} {unit}"
     return f"{plain(value)} B"
 
 

@@ -15,6 +15,7 @@ from pretrain.reporting.depths import depth_chart
 from pretrain.reporting.run import Run
 from pretrain.reporting.scores import score_charts, score_table
 from pretrain.reporting.sections import grid, section
+from pretrain.reporting.shares import epochs_spec
 from pretrain.reporting.specs import OPTIMIZATION, RECURRENCE, RESOURCES, SENSORS, SPEED
 from pretrain.reporting.style import STYLE
 from pretrain.reporting.svg import text_of
@@ -39,7 +40,7 @@ def render(runs: Sequence[Run], *, states: Sequence[str] = ()) -> str:
         section("Speed", *metric_charts(SPEED, runs), is_grid=True),
         section("Memory and checkpoints", *metric_charts(RESOURCES, runs), is_grid=True),
         section("GPUs", *metric_charts(SENSORS, runs), is_grid=True),
-        section("Data", sections.data_shares(runs)),
+        section("Data", sections.data_shares(runs), grid(*_epochs(runs))),
         *_lives(runs),
         *_others(runs),
         section("Environment", sections.environment(runs)),
@@ -74,6 +75,10 @@ def _header(runs: Sequence[Run]) -> str:
 
 def _recurrence(runs: Sequence[Run]) -> list[str]:
     return [depth_chart(runs), *metric_charts(RECURRENCE, runs), *list_charts(runs)]
+
+
+def _epochs(runs: Sequence[Run]) -> list[str]:
+    return metric_charts([epochs_spec(runs[0])], runs) if len(runs) == 1 else []
 
 
 def _lives(runs: Sequence[Run]) -> list[str]:

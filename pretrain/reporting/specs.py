@@ -94,6 +94,9 @@ NOT_CURVES = {
     "validation/rows", "validation/tokens",
 }  # fmt: skip
 
+# Metrics of which there is one for each source of the data.
+SHARE, EPOCHS = "data/share_", "data/epochs_"
+
 # Lists of a validation, against the list of their places, or 1, 2, ... where there is none.
 LISTS = (
     (

@@ -68,7 +68,7 @@ svg .cross { fill: var(--bad); text-anchor: middle; font-size: 15px; font-weight
 svg .hit { fill: transparent; } svg .shown { visibility: hidden; pointer-events: none; }
 svg .point:hover .shown { visibility: visible; }
 svg .rule { stroke: var(--muted); } svg .box { fill: var(--card); stroke: var(--muted); }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; } .grid + .scroll { margin-top: 14px; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
 th, td { text-align: left; padding: 7px 13px; border-bottom: 1px solid var(--rule);
   vertical-align: top; overflow-wrap: anywhere; }
@@ -80,6 +80,7 @@ tr:last-child td { border-bottom: 0; }
 .bar i { background: var(--rule); border-radius: 4px; height: 13px; display: block; }
 .bar i b { display: block; height: 100%; border-radius: 4px; background: var(--accent); }
 .bar em { font-style: normal; text-align: right; font-variant-numeric: tabular-nums; }
+.bar + .grid { margin-top: 14px; }
 .bar small { color: var(--muted); } .bar span { overflow-wrap: anywhere; }
 .timeline { position: relative; height: 34px; border-radius: 8px; background: var(--rule);
   overflow: hidden; }

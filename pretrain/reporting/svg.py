@@ -85,13 +85,14 @@ def draw(chart: Chart) -> str:
     drawable = [line for line in chart.lines if any(math.isfinite(value) for value in line.y)]
     if not drawable:
         return ""
+    has_bars = any(line.errors for line in drawable)
     x = fit(
         (value for line in drawable for value in line.x),
         chart.x_kind,
         start=_LEFT,
         stop=chart.width - _RIGHT,
         # points in a plane may lie at any edge; a curve begins and ends at the axes
-        pad=0.07 if chart.is_labelled or not chart.has_pointers else 0.0,
+        pad=0.07 if chart.is_labelled or not chart.has_pointers or has_bars else 0.0,
     )
     y = fit(
         (value for line in drawable for value in line.reach()),

@@ -185,6 +185,24 @@ def test_the_environment_names_versions_devices_and_the_commit(make_run):
     assert "no word of it" in render([read_run(make_run("third"))])
 
 
+def test_sources_without_weights_have_the_shares_that_were_recorded(make_run):
+    folder = make_run(steps=1)
+    config = folder / "config.yaml"
+    config.write_text(re.sub(r"weight: [\d.]+", "weight: null", config.read_text()))
+    for step in (2, 3):
+        shares = {"data/share_code": 0.75, "data/share_math": 0.25}
+        epochs = {"data/epochs_code": step / 4, "data/epochs_math": step / 8}
+        add(folder, step=step, tokens=1024 * step, **shares, **epochs)
+    page = render([read_run(folder)])
+    part = page[page.index("<h2>Data</h2>") :].split("</section>")[0]
+    rows = re.findall(r'<div class="bar"><span>(\w+)</span>.*?<small>(\d+) rows', part)
+    # two steps of eight rows
+    assert rows == [("code", "12"), ("math", "4")]
+    assert part.count("<svg") == 1
+    assert "data/share_code" not in page
+    assert "data/epochs_code" not in page
+
+
 def test_a_trained_and_evaluated_run_has_it_all(workspace):
     arguments = [*SMALL, "run.name=told", "run.steps=2", "validation.every_steps=1"]
     task = workspace / "letters.jsonl"
