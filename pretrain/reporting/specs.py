@@ -36,6 +36,7 @@ SPEED = (
         ("held-out loss", "samples"),
     ),
     Spec("Model FLOPs per second and rank", ("speed/model_flops_per_s_per_rank",)),
+    Spec("Goodput", ("progress/goodput",), note="share of the time since the run began in steps"),
     Spec(
         "Slowest rank",
         ("ranks/slowest_ratio",),
@@ -51,6 +52,13 @@ OPTIMIZATION = (
         kind=Kind.log,
     ),
     Spec("Learning rate", ("optimizer/learning_rate",)),
+    Spec(
+        "How far updates reach, by part",
+        tuple(f"optimizer/effective_rate_{part}" for part in PARTS),
+        PARTS,
+        kind=Kind.log,
+        note="learning rate over the root of the second moment, mean of a part's weights",
+    ),
     Spec("Spike score", ("loss/spike_score",), note="of each step's loss among those before it"),
     Spec("Updates skipped so far", ("optimizer/skipped_updates",)),
 )

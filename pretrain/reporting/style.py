@@ -96,7 +96,9 @@ tr:last-child td { border-bottom: 0; }
 .sample { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; margin: 0;
   padding: 10px 14px; display: grid; grid-template-columns: max-content minmax(0, 1fr);
   gap: 8px 14px; align-content: start; min-width: 0; }
-.sample dt { color: var(--muted); font-size: 12.5px; padding-top: 2px; }
+.grid:has(> .sample) {
+  grid-template-columns: repeat(auto-fit, minmax(min(330px, 100%), 1fr)); }
+.sample dt { color: var(--muted); font: 12.5px/1.5 system-ui, "DejaVu Sans", sans-serif; }
 .sample dd { margin: 0; min-width: 0; } .sample b { color: var(--accent); }
 pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4;
   font: 13px/1.45 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }

@@ -30,7 +30,7 @@ def samples(runs: Sequence[Run]) -> str:
 
 def _how(run: Run) -> str:
     temperature = run.config.validation.sample_temperature
-    how = f"drawn at a temperature of {temperature:g}" if temperature else "always the likeliest"
+    how = f"drawn at a temperature of {temperature:g}" if temperature else "the likeliest each time"
     return f"Up to {run.config.validation.sample_tokens} tokens behind each prompt, {how}."
 
 
