@@ -5,6 +5,7 @@ One process, torchrun and srun start the same program; ranks come from the envir
 
 import logging
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,6 +59,7 @@ from pretrain.loop.run_folder import (
     on_rank_0,
     write_requeue_record,
 )
+from pretrain.loop.samples import Sampler
 from pretrain.loop.saves import Saves
 from pretrain.loop.sensors import Reading, Sensors
 from pretrain.loop.signals import StopSignals
@@ -77,8 +79,28 @@ from pretrain.model.init import initialize
 from pretrain.model.recurrent import RecurrentModel
 from pretrain.optim.effective_rate import effective_rates
 from pretrain.preflight.nvml import read_sensors
+from pretrain.preflight.versions import environment
 
 log = logging.getLogger(__name__)
+
+
+class _Inputs(NamedTuple):
+    """What a life starts from, all of it checked."""
+
+    identity: dict[str, str]
+    """Hashes of shards and tokenizer, and what was adopted; kept in every checkpoint."""
+    held_out: Batch
+    """This rank's rows of the valid split."""
+    order: Order
+    """Where every row of the run comes from."""
+    sampler: Sampler
+    """What continues the prompts of a validation."""
+    newest: Path | None
+    """The checkpoint to resume from."""
+    state: TrainState
+    """How far it was."""
+    digit_ids: tuple[int, ...]
+    """Tokens that are digits; empty where these have no places."""
 
 
 def main(config: TrainConfig) -> int:
@@ -135,19 +157,20 @@ def _life(config: TrainConfig, world: World, stop: StopSignals, lock: RunLock) -
     sensors = Sensors(lambda: _feel(world.device), every_s=config.logging.sensors_every_s)
     with lineage, watch, sensors:
         session = _open_session(config, world, stop, inputs, lock, watch, control, sensors)
-        found = origin(code_origin() if world.is_main else {}, inputs.identity)
+        code = code_origin() if world.is_main else {}
+        found = origin(code, inputs.identity, environment(world))
         record = Record(config, run_dir, session.state, rank=world.rank, origin=found)
         records.append(record)
-        _train(session, inputs.held_out, record, lock, lineage)
+        _train(session, inputs, record, lock, lineage)
         session.forget_batches()
         lineage.reason = _reason_to_leave(session)
-    code = EXIT_FINISHED if lineage.reason == FINISHED else EXIT_SAVED_ON_SIGNAL
+    exit_code = EXIT_FINISHED if lineage.reason == FINISHED else EXIT_SAVED_ON_SIGNAL
     if world.is_main and lineage.reason not in (FINISHED, STOPPED):
         write_requeue_record(run_dir, session.state.step)
         record.requeued(session.state, lineage.reason)
-    for path in record.finish(code):
+    for path in record.finish(exit_code):
         log.info("plot: %s", path)
-    return code
+    return exit_code
 
 
 def _reason_to_leave(session: Session) -> str:
@@ -160,7 +183,7 @@ def _reason_to_leave(session: Session) -> str:
 
 
 def _train(
-    session: Session, held_out: Batch, record: Record, lock: RunLock, lineage: Lineage
+    session: Session, inputs: _Inputs, record: Record, lock: RunLock, lineage: Lineage
 ) -> None:
     """Drain the steps; validate before saving, so that a saved step has all its record."""
     config, guards = session.config, session.config.guards
@@ -182,7 +205,7 @@ def _train(
             continue
         if is_last or (not is_leaving and step.step % config.validation.every_steps == 0):
             session.watch.enter(step.step, "validation")
-            record.validation(session.state, _validate(session, held_out))
+            record.validation(session.state, _validate(session, inputs))
         session.watch.enter(step.step, "save")
         saves.after_step(step, is_leaving=is_leaving)
         if step.should_pause and not is_leaving:
@@ -210,42 +233,31 @@ def _refresh(lock: RunLock, session: Session) -> None:
         raise
 
 
-def _validate(session: Session, held_out: Batch) -> dict[str, Any]:
-    """Held-out loss, the health of the recurrence, and how far updates reach."""
-    config, engine = session.config, session.engine
+def _validate(session: Session, inputs: _Inputs) -> dict[str, Any]:
+    """Held-out loss, the health of the recurrence, how far updates reach, samples, and seconds."""
+    config, engine, world = session.config, session.engine, session.world
+    started = time.monotonic()
     with engine.evaluation() as model:
         result = validate(
             model,
             config,
-            session.world,
-            held_out,
+            world,
+            inputs.held_out,
             depths=config.validation.depths,
             diagnose_depth=config.depth.mean,
         )
+        measured = time.monotonic()
+        session.watch.enter(session.state.step, "samples")
+        result |= inputs.sampler.take(model, step=session.state.step, device=world.device)
+    result["time/validation_s"] = measured - started
+    result["time/samples_s"] = time.monotonic() - measured
     return result | effective_rates(engine.optimizer, engine.layout)
-
-
-class _Inputs(NamedTuple):
-    """What a life starts from, all of it checked."""
-
-    identity: dict[str, str]
-    """Hashes of shards and tokenizer, and what was adopted; kept in every checkpoint."""
-    held_out: Batch
-    """This rank's rows of the valid split."""
-    order: Order
-    """Where every row of the run comes from."""
-    newest: Path | None
-    """The checkpoint to resume from."""
-    state: TrainState
-    """How far it was."""
-    digit_ids: tuple[int, ...]
-    """Tokens that are digits; empty where these have no places."""
 
 
 def _check_inputs(config: TrainConfig, world: World) -> _Inputs:
     """Shards, tokenizer and checkpoint; they must belong together and to this configuration."""
     config.batch.micro_steps(context=config.model.context, ranks=world.size)
-    identity, held_out, order = on_all_ranks(world, lambda: _check_data(config, world))
+    identity, held_out, order, sampler = on_all_ranks(world, lambda: _check_data(config, world))
     digits = on_all_ranks(world, lambda: find_digits(config))
     run_dir = Path(config.run.dir)
     newest = newest_checkpoint(run_dir, world)
@@ -258,7 +270,7 @@ def _check_inputs(config: TrainConfig, world: World) -> _Inputs:
         check_same_data(saved, identity["data_fingerprint"], config.data.shards)
         state = TrainState.from_dict(saved["train"])
         identity |= {key: saved[key] for key in ("adopted_from",) if key in saved}
-    return _Inputs(identity, held_out, order, newest, state, digits)
+    return _Inputs(identity, held_out, order, sampler, newest, state, digits)
 
 
 def _check_space(config: TrainConfig, run_dir: Path) -> None:
@@ -277,8 +289,10 @@ def _check_space(config: TrainConfig, run_dir: Path) -> None:
         )  # fmt: skip
 
 
-def _check_data(config: TrainConfig, world: World) -> tuple[dict[str, str], Batch, Order]:
-    """The identity of shards and tokenizer, this rank's held-out rows, and the order of rows."""
+def _check_data(config: TrainConfig, world: World) -> tuple[dict[str, str], Batch, Order, Sampler]:
+    """The identity of shards and tokenizer, this rank's held-out rows, the order of rows, and what
+    samples are of.
+    """
     manifest = open_manifest(config.data)
     tokenizer = Tokenizer.load(config.tokenizer.path)
     check_tokenizer(
@@ -292,7 +306,7 @@ def _check_data(config: TrainConfig, world: World) -> tuple[dict[str, str], Batc
         config.data, rows=config.validation.rows, rank=world.rank, ranks=world.size
     )
     identity = {"data_fingerprint": manifest.fingerprint, "tokenizer_sha256": tokenizer.sha256}
-    return identity, held_out, order
+    return identity, held_out, order, Sampler(config, tokenizer)
 
 
 def _feel(device: torch.device) -> Reading | None:

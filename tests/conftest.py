@@ -18,6 +18,7 @@ SMALL = [
     "depth.mean=4", "depth.backprop=2", "logging=quiet", "optimizer.learning_rate=2e-3",
     "schedule.warmup_tokens=512", "schedule.cooldown_tokens=1024",
     "validation.rows=8", "validation.depths=[1,2,4]", "validation.every_steps=3",
+    "validation.prompts=[state]", "validation.sample_tokens=4",
     "checkpoint.every_steps=2", "run.steps=6",
 ]  # fmt: skip
 

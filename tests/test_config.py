@@ -22,7 +22,7 @@ MAY_BE = {
         "optimizer.gradient_clip", "schedule.warmup_tokens", "schedule.cooldown_tokens",
         "schedule.min_learning_rate", "engine.zero3_persistent_elements", "engine.kept_iterations",
         "checkpoint.keep_every_steps", "depth.ramp_rows", "cluster.max_requeues",
-        "cluster.max_resubmits",
+        "cluster.max_resubmits", "validation.sample_temperature",
     },
     -1: {"run.seed"},
     math.nan: set(),

@@ -1,5 +1,6 @@
 """However often a run restarted, its W&B run has every step once, as it was taken last."""
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -27,6 +28,7 @@ def validation(number: int, life: int) -> dict[str, Any]:
     return {
         "step": number, "tokens": number * 128, "validation/depths": [1, 4],
         "validation/loss_nats": [3.0, 2.0 + life], "life": life,
+        "validation/samples": [{"prompt": "a", "depth": 4, "seed": 1, "text": f" life {life}"}],
     }  # fmt: skip
 
 
@@ -85,6 +87,8 @@ def test_the_offline_file_has_one_curve_under_the_runs_own_id(tmp_path: Path, ca
     assert [row["life"] for row in rows] == [1] * 199 + [2] * 202
     assert [row["tokens"] for row in rows] == [row["step"] * 128 for row in rows]
     assert rows[-1]["validation/loss_nats_depth_4"] == 4.0
+    (samples,) = folder.glob("wandb/offline-run-*/files/" + rows[-1]["validation/samples.path"])
+    assert json.loads(samples.read_text())["data"] == [["a", 4, 1, " life 2"]]
     messages = list(wandb_records(folder))
     (run,) = [message.run for message in messages if message.HasField("run")]
     assert (run.run_id, run.project, run.display_name) == (known, "shelf", "often")

@@ -150,6 +150,14 @@ class ValidationConfig:
     """Rows of the valid split to use; the same ones every time."""
     depths: list[int]
     """Depths to measure, all in one pass."""
+    prompts: list[str] = field(default_factory=list)
+    """Texts that are continued after each validation; [] for none, "" begins with nothing."""
+    sample_depths: list[int] = field(default_factory=list)
+    """Depths to continue each prompt at, side by side."""
+    sample_tokens: int = 48
+    """New tokens of each sample; all samples together cost so many short forward passes."""
+    sample_temperature: float = 0.0
+    """0: always the likeliest token."""
     alarms: AlarmConfig = field(default_factory=AlarmConfig)
     """Signatures of a failing recurrence."""
 
@@ -161,6 +169,19 @@ class ValidationConfig:
             )
         if not self.depths or min(self.depths) < 1:
             raise ConfigError(f"validation.depths={self.depths} must name depths of 1 or more.")
+        self._check_samples()
+
+    def _check_samples(self) -> None:
+        if self.sample_tokens < 1 or not 0 <= self.sample_temperature < math.inf:
+            raise ConfigError(
+                f"validation.sample_tokens={self.sample_tokens} must be at least 1, and "
+                f"validation.sample_temperature={self.sample_temperature} 0 (greedy) or above."
+            )
+        if self.prompts and (not self.sample_depths or min(self.sample_depths) < 1):
+            raise ConfigError(
+                f"validation.sample_depths={self.sample_depths} must name depths of 1 or more to "
+                "continue validation.prompts at; or set validation.prompts=[]."
+            )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -42,6 +42,13 @@ class Progress:
         )
 
 
+def one_line(text: str, most: int) -> str:
+    """A text on one line of a terminal: white space joined, nothing that a terminal would obey."""
+    joined = " ".join(text.split())
+    plain = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in joined)
+    return plain if len(plain) <= most else plain[: most - 1] + "…"
+
+
 def format_duration(seconds: float) -> str:
     """Seconds as a person says them: 42s, 3m07s, 2h05m, 3d04h."""
     whole = max(0, round(seconds))

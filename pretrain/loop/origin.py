@@ -1,4 +1,7 @@
-"""Where a life of a run comes from: its code, data, tokenizer and job, for the pages about it."""
+"""Where a life of a run comes from: code, data, tokenizer, software, devices and job.
+
+For the pages about the run; nothing that trains reads it.
+"""
 
 import json
 import logging
@@ -13,11 +16,15 @@ FILE = "origin.json"
 _SLURM = ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID", "RESTART_COUNT", "CLUSTER_NAME")
 
 
-def origin(code: Mapping[str, str], identity: Mapping[str, str]) -> dict[str, Any]:
-    """`code` (commit and hash of its changes), hashes of data and tokenizer, and SLURM's ids."""
+def origin(
+    code: Mapping[str, str], identity: Mapping[str, str], environment: Mapping[str, Any]
+) -> dict[str, Any]:
+    """`code` (commit and hash of its changes), hashes of data and tokenizer, `environment`
+    (versions of software, and how many ranks have which device), and SLURM's ids.
+    """
     names = {name.lower(): os.environ.get(f"SLURM_{name}") for name in _SLURM}
     slurm = {name: value for name, value in names.items() if value}
-    return {**code, **identity, "slurm": slurm}
+    return {**code, **identity, **environment, "slurm": slurm}
 
 
 def write_origin(run_dir: Path, found: Mapping[str, Any]) -> None:

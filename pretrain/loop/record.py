@@ -11,18 +11,21 @@ from pretrain.config import TrainConfig
 from pretrain.engine.saving import Saved
 from pretrain.errors import PretrainError
 from pretrain.loop.alarms import Alarms
-from pretrain.loop.console import Progress
+from pretrain.loop.console import Progress, one_line
 from pretrain.loop.lineage import GoodputSoFar
 from pretrain.loop.metrics import MetricLog, read_metrics
 from pretrain.loop.origin import write_origin
 from pretrain.loop.plots import plot_run
-from pretrain.loop.sink import Alerts, message
+from pretrain.loop.sink import SAMPLES, Alerts, message
 from pretrain.loop.state import TrainState, last_step
 from pretrain.loop.steps import StepRecord
 from pretrain.loop.tensorboard_sink import start_tensorboard
 from pretrain.loop.wandb_sink import start_wandb
 
 log = logging.getLogger(__name__)
+
+# Characters of a sample that the console shows.
+_SHOWN_CHARACTERS = 100
 
 
 class Record:
@@ -76,12 +79,16 @@ class Record:
         self._alert_of_step(record)
 
     def validation(self, state: TrainState, result: dict[str, Any]) -> None:
-        """Held-out loss at several depths, as one object and one line."""
+        """Held-out loss at several depths and samples: one object, a line each on the console."""
         if not self._is_writer:
             return
         pairs = zip(result["validation/depths"], result["validation/loss_nats"], strict=True)
         shown = "  ".join(f"r={depth} {loss:.4f}" for depth, loss in pairs)
         log.info("validation at step %d: %s", state.step, shown)
+        if samples := result.get(SAMPLES):
+            first = [sample for sample in samples if sample["prompt"] == samples[0]["prompt"]][-1]
+            text = one_line(first["prompt"] + first["text"], _SHOWN_CHARACTERS)
+            log.info("sample at step %d, r=%d: %s", state.step, first["depth"], text)
         alarms = self._alarms.judge(state.step, result)
         for name, is_on in alarms.items():
             if is_on:

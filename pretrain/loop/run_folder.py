@@ -1,7 +1,7 @@
 """The run folder: what one run keeps on disk, and how a life of it begins and ends.
 
 config.yaml           the frozen configuration
-metrics.jsonl         one object per step and per validation
+metrics.jsonl         one object per step and per validation, samples with it
 metrics.discarded.jsonl   records of steps that a later life took again, or that were taken back
 quarantine.jsonl      rows that damage has cost (data.on_damage=quarantine)
 lineage.jsonl         one line when a life begins, one when it ends
@@ -16,7 +16,7 @@ evaluation/           what `pretrain evaluate` found
 replay/               what `pretrain replay` found
 report.html           what `pretrain report` made of all this
 wandb/                W&B's files; tensorboard/: TensorBoard's; sync/: what `pretrain sync` wrote
-origin.json           code, data, tokenizer and job of the newest life
+origin.json           code, data, tokenizer, software, devices and job of the newest life
 lock.json             who is writing here now; lock.last: the token of who did last
 code/                 copies of the code that `pretrain submit` made, and jobs run from
 job.sbatch, job.sh    the script that it made; container.sh, hosts/: what goes with it

@@ -10,6 +10,7 @@ from pretrain.loop.step_metrics import HISTOGRAM_EDGES
 
 HISTOGRAM = "depth/histogram"
 CURVE = "validation/depth_curve"
+SAMPLES = "validation/samples"
 
 
 class Sink(Protocol):
@@ -50,8 +51,9 @@ class Alerts:
 def message(record: Mapping[str, Any]) -> bytes:
     """A record as sinks take it: a number per key, and histograms and tables in their own keys.
 
-    The line has `record`, and `histograms` (counts and edges) and `tables` (columns and rows) by
-    name. Raises TypeError for what JSON cannot spell.
+    The line has `record`, and by name `histograms` (counts and edges), `tables` (columns of
+    numbers) and `texts` (rows of columns, whose strings are no numbers whatever they spell).
+    Raises TypeError for what JSON cannot spell.
     """
     numbers = {key: value for key, value in record.items() if not isinstance(value, list | tuple)}
     depths, losses = record.get("validation/depths", ()), record.get("validation/loss_nats", ())
@@ -64,6 +66,8 @@ def message(record: Mapping[str, Any]) -> bytes:
     if depths:
         columns = encode_record({"depth": depths, "loss_nats": losses}).rstrip()
         parts.append(b'"tables":{"' + CURVE.encode() + b'":' + columns + b"}")
+    if record.get(SAMPLES):
+        parts.append(b'"texts":' + json.dumps({SAMPLES: record[SAMPLES]}).encode())
     return b",".join(parts) + b"}\n"
 
 

@@ -54,6 +54,16 @@ def _add(writer: Any, message: dict[str, Any], tokens: int) -> None:
         ]
         head = [" | ".join(columns), " | ".join("---" for _ in columns)]
         writer.add_text(name, "\n".join(head + rows), tokens)
+    for name, texts in message.get("texts", {}).items():
+        writer.add_text(name, "\n\n".join(map(_as_code, texts)), tokens)
+
+
+def _as_code(text: dict[str, Any]) -> str:
+    """One row of texts in Markdown: numbers as a line, strings as they are, indented like code."""
+    numbers = [f"{name} {cell}" for name, cell in text.items() if not isinstance(cell, str)]
+    strings = "".join(cell for cell in text.values() if isinstance(cell, str))
+    lines = [f"    {line}" for line in strings.splitlines()]
+    return "\n".join([", ".join(numbers), "", *lines])
 
 
 def _add_histogram(

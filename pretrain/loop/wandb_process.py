@@ -2,8 +2,8 @@
 
 Run by `wandb_sink`, never imported by it. Standard input has one JSON object a line: first
 {"mode", "run", "config", "finish_timeout_s"}, then messages as `sink` makes them ({"record",
-"histograms", "tables"} or {"alert"}), at last {"finish": exit code}; the input's end without
-`finish` means that training was killed. Each line on standard output is a JSON object
+"histograms", "tables", "texts"} or {"alert"}), at last {"finish": exit code}; the input's end
+without `finish` means that training was killed. Each line on standard output is a JSON object
 {"level", "message"} that the sink logs.
 """
 
@@ -60,6 +60,9 @@ def _logged(message: dict[str, Any]) -> dict[str, Any]:
             for row in zip(*columns.values(), strict=True)
         ]
         logged[name] = wandb.Table(columns=list(columns), data=rows)
+    for name, texts in message.get("texts", {}).items():
+        rows = [list(text.values()) for text in texts]
+        logged[name] = wandb.Table(columns=list(texts[0]), data=rows)
     return logged
 
 

@@ -37,7 +37,7 @@ class Output(NamedTuple):
     """
 
     logits: Tensor | None = None
-    """Float32 [B, T, V]."""
+    """Float32 [B, T, V]; with logits_at [B, 1, V]."""
     loss: Tensor | None = None
     """Mean nats over the labels that count, by weight; NaN if none counts."""
     nats: Tensor | None = None
@@ -100,6 +100,7 @@ class RecurrentModel(nn.Module):
         prefixes: Tensor | None = None,
         digit_shift: Tensor | None = None,
         keep_logits: bool = True,
+        logits_at: Tensor | None = None,
         return_states: bool = False,
         evaluate_depths: Sequence[int] | None = None,
         diagnose_depth: int | None = None,
@@ -111,10 +112,10 @@ class RecurrentModel(nn.Module):
         next token), -100 does not count; weights [B, T] of labels, default 1; documents [B, T],
         the index of each token's document in its row, -1 on padding, needed if the model isolates
         documents; prefixes [B], leading tokens that all tokens of the row see; digit_shift [B], see
-        `DigitEmbedding`. With evaluate_depths (labels needed) only `nats_by_depth` and
-        `labels_by_row` are returned, and with measures_hits (on one rank) `hits_by_depth`, with
-        diagnose_depth `diagnostics` there, `kl_by_depth` and `moves`. Raises ConfigError if
-        arguments do not fit together.
+        `DigitEmbedding`; logits_at [B], of each row the one token whose logits are wanted (no
+        labels then). With evaluate_depths and labels only `nats_by_depth` and `labels_by_row` are
+        returned, and with measures_hits (on one rank) `hits_by_depth`, with diagnose_depth
+        `diagnostics` there, `kl_by_depth`, `moves`. ConfigError if arguments do not fit together.
         """
         _check(tokens, depths, initial_state, labels, evaluate_depths, diagnose_depth)
         layout = self._layout(tokens, documents, prefixes)
@@ -135,9 +136,8 @@ class RecurrentModel(nn.Module):
             asked = sorted({*evaluate_depths, *_last_two(diagnose_depth)[1:]})
             hidden = {depth: self.decode(state_at[depth], layout)[1] for depth in asked}
             output = self._evaluate(hidden, evaluate_depths, labels, weights, measures_hits)
-            if diagnose_depth is None:
+            if diagnose_depth is None or moves_RBT is None:
                 return output
-            assert moves_RBT is not None
             before, at, counted_BT = *_last_two(diagnose_depth), labels != IGNORED
             return output._replace(
                 diagnostics=diagnose(state_at[before], state_at[at], hidden[at], counted_BT),
@@ -147,7 +147,7 @@ class RecurrentModel(nn.Module):
         latent_BTD, hidden_BTD = self.decode(state_BTD, layout)
         states = kept if return_states else None
         output = Output(state=state_BTD, states=states, latent=latent_BTD, hidden=hidden_BTD)
-        return self._head(output, labels, weights, keep_logits)
+        return self._head(output, labels, weights, keep_logits, logits_at)
 
     @torch.no_grad()
     def losses_at(
@@ -252,9 +252,15 @@ class RecurrentModel(nn.Module):
         labels_BT: Tensor | None,
         weights_BT: Tensor | None,
         keep_logits: bool,
+        logits_at_B: Tensor | None,
     ) -> Output:
         """The output with logits and losses, as far as they are asked for."""
-        if keep_logits:
+        assert output.hidden is not None
+        if logits_at_B is not None:
+            assert labels_BT is None, "the loss of every token needs the logits of every token"
+            at_B1D = logits_at_B[:, None, None].expand(-1, 1, output.hidden.shape[-1])
+            output = output._replace(logits=self.embedding(None, output.hidden.gather(1, at_B1D)))
+        elif keep_logits:
             output = output._replace(logits=self.embedding(None, output.hidden))
         if labels_BT is None:
             return output

@@ -85,6 +85,21 @@ def read_driver() -> DriverState:
             pynvml.nvmlShutdown()
 
 
+def driver_version() -> str:
+    """The NVIDIA driver's; empty where there is none, or it does not answer."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return ""
+    try:
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except pynvml.NVMLError:
+        return ""
+    finally:
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
+
+
 def read_sensors(uuid: str) -> Reading | None:
     """What the GPU with this UUID feels now; None without an NVIDIA driver or such a GPU.
 

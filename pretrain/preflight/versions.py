@@ -1,12 +1,14 @@
-"""What must be the same on all nodes of a job: versions of software, hashes of what it reads."""
+"""What should be the same on all nodes of a job: versions, hashes of what it reads, devices."""
 
 import hashlib
 import json
 import platform
+from collections import Counter
 from collections.abc import Callable
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +16,9 @@ from pretrain.compose import as_dict
 from pretrain.config import TrainConfig
 from pretrain.data.store import open_manifest
 from pretrain.data.tokenizer import Tokenizer
+from pretrain.engine.world import World
 from pretrain.errors import PretrainError
+from pretrain.preflight.nvml import driver_version
 
 PACKAGES = ("torch", "deepspeed", "triton", "numpy", "webdataset")
 CODE = ("pretrain", "pretrain_kernels")
@@ -34,6 +38,26 @@ def software_versions(driver: str) -> dict[str, str]:
         "driver": driver or NONE,
         "machine": platform.machine(),
     }
+
+
+def environment(world: World) -> dict[str, Any]:
+    """Rank 0's `software` by name, and how many ranks compute on which of the `devices`.
+
+    All ranks must call.
+    """
+    names = world.gather_objects(_device_name(world.device))
+    return {"software": software_versions(driver_version()), "devices": dict(Counter(names))}
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"CPU: {next(models, platform.machine())}"
 
 
 def input_hashes(config: TrainConfig) -> dict[str, str]:

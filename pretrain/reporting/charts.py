@@ -10,11 +10,14 @@ from pretrain.reporting.record import Series
 from pretrain.reporting.run import Run
 from pretrain.reporting.scale import Kind
 from pretrain.reporting.specs import (
+    EPOCHS,
     LISTS,
     NOT_CURVES,
     OPTIMIZATION,
     RECURRENCE,
     RESOURCES,
+    SENSORS,
+    SHARE,
     SPEED,
     Spec,
 )
@@ -308,9 +311,12 @@ def _note(spec: Spec, runs: Sequence[Run]) -> str:
 
 def other_charts(runs: Sequence[Run]) -> tuple[list[str], list[tuple[str, str]]]:
     """Curves of every metric that no chart above has, and those that never changed, by value."""
-    shown = (*SPEED, *OPTIMIZATION, *RECURRENCE, *RESOURCES)
+    shown = (*SPEED, *OPTIMIZATION, *RECURRENCE, *RESOURCES, *SENSORS)
     drawn = {key for spec in shown if _changes(spec, runs) for key in spec.keys}
     keys = sorted({key for run in runs for key in run.record.series} - drawn - NOT_CURVES)
+    # the section about data has them; runs that are compared keep epochs, a chart for each
+    told = (SHARE, EPOCHS) if len(runs) == 1 else (SHARE,)
+    keys = [key for key in keys if not key.startswith(told)]
     specs: list[Spec] = []
     constant: list[tuple[str, str]] = []
     for key in keys:
@@ -332,9 +338,12 @@ def _extremes(series: Series | None) -> list[float]:
 def legend(lines: Sequence[Line]) -> str:
     """The labels of lines, each once, with their colours."""
     shown = dict.fromkeys((line.label, line.colour, line.is_dashed) for line in lines if line.label)
-    items = []
-    for label, colour, is_dashed in shown:
-        kind = ' class="dashes"' if is_dashed else ""
-        mark = f'<i{kind} style="color:{colour}"></i>'
-        items.append(f'<span class="key">{mark}{text_of(label)}</span>')
+    items = [legend_key(*each) for each in shown]
     return f'<span class="keys">{"".join(items)}</span>' if items else ""
+
+
+def legend_key(label: str, colour: str, is_dashed: bool = False) -> str:
+    """A colour and what it stands for."""
+    kind = ' class="dashes"' if is_dashed else ""
+    mark = f'<i{kind} style="color:{colour}"></i>'
+    return f'<span class="key">{mark}{text_of(label)}</span>'

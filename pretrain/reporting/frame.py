@@ -10,12 +10,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pretrain.loop.console import format_duration
+from pretrain.loop.console import format_duration, one_line
 from pretrain.loop.lineage import FINISHED, Life
 from pretrain.reporting.events import alarms, events
-from pretrain.reporting.numbers import by_name
+from pretrain.reporting.numbers import by_name, counted, in_percent, in_seconds
 from pretrain.reporting.run import Run, end_of
 from pretrain.reporting.thin import bucket_means
+from pretrain.reporting.writing import Sample, of
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _METRICS = (
@@ -24,8 +25,14 @@ _METRICS = (
     ("learning rate", "optimizer/learning_rate"),
     ("mean depth", "depth/mean"),
     ("tokens/s", "speed/tokens_per_s"),
+    ("of the peak", "speed/mfu"),
     ("step", "speed/step_s"),
     ("data wait", "data/wait_s"),
+    ("slowest rank", "ranks/slowest_ratio"),
+    ("GPU busy", "gpu/utilization"),
+    ("GPU power", "gpu/power_w"),
+    ("GPU temperature", "gpu/temperature_c"),
+    ("GPU clock", "gpu/clock_hz"),
     ("GPU memory", "memory/peak_bytes"),
     ("host memory", "memory/host_bytes"),
 )
@@ -34,14 +41,16 @@ _STATE_STYLES = {FINISHED: "bold green", "running": "bold green", "not started":
 _EVENT_STYLES = {"bad": "red", "warn": "yellow", "note": "dim"}
 # what is left of a panel's width for a curve
 _FRAME_WIDTH = 48
+# what is left for a sample
+_SAMPLE_FRAME = 20
 
 
 def frame(run: Run, *, width: int) -> RenderableType:
     """Everything about a run that changes, `width` columns wide."""
     parts: list[RenderableType] = [_progress(run), _metrics(run, max(10, width - _FRAME_WIDTH))]
     if run.record.validations:
-        parts.append(_validation(run))
-    parts += [_alarms(run), _lives(run), *_events(run)]
+        parts += [_validation(run), *_sample(run, width - _SAMPLE_FRAME)]
+    parts += [_alarms(run), _saved(run), _lives(run), *_events(run)]
     title = Text.assemble((run.name, "bold"), "  ", (run.state, _state_style(run.state)))
     return Panel(Group(*parts), title=title, title_align="left", width=width, border_style="dim")
 
@@ -96,7 +105,28 @@ def _validation(run: Run) -> Text:
     last = run.record.validations[-1]
     pairs = zip(last["validation/depths"], last["validation/loss_nats"], strict=True)
     shown = "  ".join(f"r={depth} {nats:.4f}" for depth, nats in pairs)
-    return Text.assemble((f"held out at step {last['step']}  ", "dim"), shown)
+    ago = run.record.step - last["step"]
+    when = f"{counted(ago, 'step')} ago" if ago else "now"
+    return Text.assemble((f"held out at step {last['step']}, {when}  ", "dim"), shown)
+
+
+def _sample(run: Run, width: int) -> list[Text]:
+    """The newest text behind the first prompt at the largest depth, shortened."""
+    newest: list[Sample] = next(filter(None, map(of, reversed(run.record.validations))), [])
+    if not newest:
+        return []
+    first = [each for each in newest if each["prompt"] == newest[0]["prompt"]][-1]
+    text = one_line(f"{first['prompt']}{first['text']}", max(10, width))
+    return [Text.assemble((f"sample  r={first.get('depth', '?')}  ", "dim"), text)]
+
+
+def _saved(run: Run) -> Text:
+    step, written_s = (run.record.last(f"checkpoint/{name}") for name in ("step", "written_s"))
+    if step is None:
+        every = counted(run.config.checkpoint.every_steps, "step")
+        return Text.assemble(("saved   ", "dim"), f"nothing yet, every {every}")
+    took = f", written in {in_seconds(written_s)}" if written_s is not None else ""
+    return Text.assemble(("saved   ", "dim"), f"step {step:,.0f}{took}")
 
 
 def _alarms(run: Run) -> Text:
@@ -111,7 +141,9 @@ def _lives(run: Run) -> Text:
     shown = [_life(life, run) for life in run.lives[-_SHOWN_LIVES:]]
     more = len(run.lives) - len(shown)
     before = f"{more} earlier; " if more > 0 else ""
-    return Text.assemble(("lives   ", "dim"), before + ("; ".join(shown) or "none yet"))
+    share = run.goodput
+    useful = f"; goodput {in_percent(share)}" if share is not None else ""
+    return Text.assemble(("lives   ", "dim"), before + ("; ".join(shown) or "none yet") + useful)
 
 
 def _life(life: Life, run: Run) -> str:

@@ -2,6 +2,9 @@
 
 import math
 
+# Metrics that are shares of a whole.
+_SHARES = ("speed/mfu", "speed/hfu", "gpu/utilization", "progress/goodput")
+_UNITS = {"_w": "W", "_c": "°C"}
 _SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _BYTES = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
@@ -33,7 +36,8 @@ def in_bytes(value: float) -> str:
     """1.5 GiB."""
     for size, unit in _BYTES:
         if abs(value) >= size and math.isfinite(value):
-            return f"{value / size:.3g} {unit}"
+            # up to 1,023 of a unit
+            return f"{plain(value / size, 3)} {unit}"
     return f"{plain(value)} B"
 
 
@@ -44,14 +48,25 @@ def in_seconds(value: float) -> str:
     return f"{value:,.3g} s" if abs(value) < 1000 else f"{value:,.0f} s"
 
 
+def in_percent(share: float) -> str:
+    """0.5 %, 43 %."""
+    return f"{plain(100 * share, 3)} %"
+
+
 def by_name(metric: str, value: float) -> str:
     """A value with the unit that its metric's name ends with."""
+    if metric in _SHARES or metric.startswith("data/share_"):
+        return in_percent(value)
     if metric.endswith("_bytes") or metric.endswith("/bytes"):
         return in_bytes(value)
     if metric.endswith("per_s") or "_per_s_" in metric or metric.endswith("tokens"):
         return scaled(value)
     if metric.endswith("_s"):
         return in_seconds(value)
+    if metric.endswith("_hz"):
+        return f"{scaled(value)}Hz"
+    if metric[-2:] in _UNITS:
+        return f"{plain(value, 3)} {_UNITS[metric[-2:]]}"
     return plain(value)
 
 

@@ -11,11 +11,16 @@ from pretrain.reporting.charts import (
     metric_charts,
     other_charts,
 )
+from pretrain.reporting.depths import depth_chart
 from pretrain.reporting.run import Run
-from pretrain.reporting.sections import section
-from pretrain.reporting.specs import OPTIMIZATION, RECURRENCE, RESOURCES, SPEED
+from pretrain.reporting.scores import score_charts, score_table
+from pretrain.reporting.sections import grid, section
+from pretrain.reporting.shares import epochs_spec
+from pretrain.reporting.specs import OPTIMIZATION, RECURRENCE, RESOURCES, SENSORS, SPEED
 from pretrain.reporting.style import STYLE
 from pretrain.reporting.svg import text_of
+from pretrain.reporting.tables import table
+from pretrain.reporting.writing import samples
 
 # Whatever a run's name or settings hold, nothing on the page runs and nothing is fetched.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -27,12 +32,15 @@ def render(runs: Sequence[Run], *, states: Sequence[str] = ()) -> str:
         _header(runs),
         sections.summary(runs[0]) if len(runs) == 1 else sections.comparison(runs),
         section("Learning", loss_chart(runs), *depth_charts(runs), is_grid=True),
-        section("Recurrence", *metric_charts(RECURRENCE, runs), *list_charts(runs), is_grid=True),
+        section("Tasks", grid(*score_charts(runs)), score_table(runs)),
+        section("Samples", samples(runs)),
+        section("Recurrence", *_recurrence(runs), is_grid=True),
         section("States", *states, is_grid=True),
         section("Optimization", *metric_charts(OPTIMIZATION, runs), is_grid=True),
         section("Speed", *metric_charts(SPEED, runs), is_grid=True),
         section("Memory and checkpoints", *metric_charts(RESOURCES, runs), is_grid=True),
-        section("Data", sections.data_shares(runs)),
+        section("GPUs", *metric_charts(SENSORS, runs), is_grid=True),
+        section("Data", sections.data_shares(runs), grid(*_epochs(runs))),
         *_lives(runs),
         *_others(runs),
         section("Environment", sections.environment(runs)),
@@ -65,6 +73,14 @@ def _header(runs: Sequence[Run]) -> str:
     )
 
 
+def _recurrence(runs: Sequence[Run]) -> list[str]:
+    return [depth_chart(runs), *metric_charts(RECURRENCE, runs), *list_charts(runs)]
+
+
+def _epochs(runs: Sequence[Run]) -> list[str]:
+    return metric_charts([epochs_spec(runs[0])], runs) if len(runs) == 1 else []
+
+
 def _lives(runs: Sequence[Run]) -> list[str]:
     if len(runs) == 1:
         return [section("Lives", sections.lives(runs[0]))]
@@ -73,7 +89,7 @@ def _lives(runs: Sequence[Run]) -> list[str]:
 
 def _others(runs: Sequence[Run]) -> list[str]:
     figures, constant = other_charts(runs)
-    listed = sections.table(["metric", "value"], constant, numbers=1)
+    listed = table(["metric", "value"], constant, numbers=1)
     inner = f"<details><summary>Metrics that never changed</summary>{listed}</details>"
     return [
         section("Further metrics", *figures, is_grid=True),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.loop.metrics import decode_record
+from pretrain.loop.sink import HISTOGRAM
 
 
 @dataclass(slots=True)
@@ -80,7 +81,9 @@ class RunRecord:
         self._newest = (0, 0.0)
         self.series: dict[str, Series] = {}
         self.validations: list[dict[str, Any]] = []
-        """Whole, with their lists."""
+        """Whole, with their lists and samples."""
+        self.depth_counts: list[int] = []
+        """Rows of all steps by depth, in the bins of depth/histogram."""
         self.written_s = 0.0
         """When the file was last written, seconds since 1970."""
 
@@ -106,6 +109,11 @@ class RunRecord:
                 self.series.setdefault(key, Series()).add(step, float(tokens), float(value))
         if _is_whole_validation(record):
             self.validations.append(dict(record))
+        counts = record.get(HISTOGRAM)
+        if isinstance(counts, list) and all(isinstance(count, int) for count in counts):
+            before = self.depth_counts or [0] * len(counts)
+            if len(before) == len(counts):
+                self.depth_counts = [old + new for old, new in zip(before, counts, strict=True)]
 
 
 def _is_whole_validation(record: Mapping[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 from pretrain.compose import thaw
 from pretrain.config import TrainConfig
 from pretrain.loop.lineage import FINISHED, STOPPED, UNKNOWN, Life, goodput, read_lives
+from pretrain.loop.origin import read_origin
 from pretrain.loop.passed_over import Rewind, read_rewinds
 from pretrain.loop.state import TrainState, last_step
 from pretrain.reporting.record import RunRecord
@@ -41,8 +42,12 @@ class Run:
     """Rows that damage has cost."""
     evaluations: list[dict[str, Any]]
     """Of `pretrain evaluate`, by step; lists as in a validation."""
+    scores: list[dict[str, Any]]
+    """Of `pretrain evaluate` on tasks: the newest summary of each task, by name."""
     snapshots: list[dict[str, Any]]
     """Where the code of submitted jobs came from."""
+    origin: dict[str, Any]
+    """Code, software and devices of the newest life."""
 
     @property
     def name(self) -> str:
@@ -122,7 +127,9 @@ def read_run(folder: Path, *, earlier: Run | None = None) -> Run:
         stalls=_json_lines(folder / "stalls.jsonl"),
         lost_rows=_json_lines(folder / "quarantine.jsonl"),
         evaluations=_evaluations(folder),
+        scores=_scores(folder),
         snapshots=_objects(sorted((folder / "code").glob("*/snapshot.json"))),
+        origin=read_origin(folder),
     )
 
 
@@ -173,3 +180,24 @@ def _evaluations(folder: Path) -> list[dict[str, Any]]:
     needed = ("step", "validation/depths", "validation/loss_nats")
     objects = _objects(sorted((folder / "evaluation").glob("step-*.json")))
     return [each for each in objects if all(key in each for key in needed)]
+
+
+def _scores(folder: Path) -> list[dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for each in _objects(sorted((folder / "evaluation").glob("step-*/*.json"))):
+        if _is_summary(each):
+            # folders come by step, so the newest of a task is the last
+            found[each["task"]] = each
+    return [found[name] for name in sorted(found)]
+
+
+def _is_summary(value: dict[str, Any]) -> bool:
+    """Whether it has at each depth a value and a standard error (or null) of each measure."""
+    depths, scores = value.get("depths"), value.get("scores")
+    if not isinstance(depths, list) or not isinstance(scores, dict) or not scores:
+        return False
+    lists = [score.get(key) for score in scores.values() for key in ("value", "standard_error")]
+    has_place = isinstance(value.get("task"), str) and isinstance(value.get("step"), int)
+    return has_place and all(
+        isinstance(each, list) and len(each) == len(depths) > 0 for each in lists
+    )

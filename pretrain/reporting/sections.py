@@ -9,12 +9,13 @@ from pretrain.compose import as_dict
 from pretrain.loop.console import format_duration
 from pretrain.loop.lineage import FINISHED
 from pretrain.model.cost import count_parameters
-from pretrain.reporting.charts import run_colour
+from pretrain.reporting.charts import legend_key, run_colour
 from pretrain.reporting.events import events
 from pretrain.reporting.numbers import plain, scaled
 from pretrain.reporting.run import Run, end_of, is_orderly
 from pretrain.reporting.shares import rows_by_source
 from pretrain.reporting.svg import text_of
+from pretrain.reporting.tables import table
 
 _GOOD_STATES = ("finished", "running", "not started")
 _MOST_EVENTS = 30
@@ -26,31 +27,14 @@ def section(title: str, *parts: str, is_grid: bool = False) -> str:
     inner = "".join(parts)
     if not inner:
         return ""
-    body = f'<div class="grid">{inner}</div>' if is_grid else inner
+    body = grid(inner) if is_grid else inner
     return f"<section><h2>{text_of(title)}</h2>{body}</section>"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: int = 0) -> str:
-    """A table of plain texts; the last `numbers` columns stand to the right."""
-    from_right = len(head) - numbers
-    titles = "".join(_cell("th", text, index >= from_right) for index, text in enumerate(head))
-    lines = [
-        "<tr>"
-        + "".join(_cell("td", text, index >= from_right) for index, text in enumerate(row))
-        + "</tr>"
-        for row in rows
-    ]
-    if not lines:
-        return ""
-    return (
-        f'<div class="scroll"><table><thead><tr>{titles}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
-
-
-def _cell(tag: str, text: str, is_number: bool) -> str:
-    kind = ' class="number"' if is_number else ""
-    return f"<{tag}{kind}>{text_of(text)}</{tag}>"
+def grid(*parts: str) -> str:
+    """Parts side by side where there is room; empty if all are."""
+    inner = "".join(parts)
+    return f'<div class="grid">{inner}</div>' if inner else ""
 
 
 def summary(run: Run) -> str:
@@ -214,7 +198,11 @@ def _some(names: Sequence[str], most: int = 4) -> str:
 def environment(runs: Sequence[Run]) -> str:
     """Where the runs ran and by what code; what their settings do not share; all settings."""
     rows = [[run.name, *_place(run)] for run in runs]
-    parts = [table(["run", "folder", "ranks", "engine", "seed", "code"], rows)]
+    parts = [
+        table(["run", "folder", "ranks", "engine", "seed", "code"], rows),
+        "<h3>Software and devices of the newest life</h3>",
+        _software(runs),
+    ]
     settings = [dict(_leaves(as_dict(run.config))) for run in runs]
     keys = sorted({key for each in settings for key in each})
     if len(runs) > 1:
@@ -226,6 +214,23 @@ def environment(runs: Sequence[Run]) -> str:
     return "".join([*parts, "</details>"])
 
 
+def _software(runs: Sequence[Run]) -> str:
+    """Versions by name, a column for each run."""
+    known = [_versions(run) for run in runs]
+    names = list(dict.fromkeys(name for each in known for name in each))
+    rows = [[name, *(each.get(name, "–") for each in known)] for name in names]
+    none = '<p class="quiet">The run has left no word of it.</p>'
+    return table(["", *(run.name for run in runs)], rows) or none
+
+
+def _versions(run: Run) -> dict[str, str]:
+    software, devices = run.origin.get("software"), run.origin.get("devices")
+    found = {str(n): str(v) for n, v in software.items()} if isinstance(software, dict) else {}
+    if isinstance(devices, dict):
+        found["devices"] = ", ".join(f"{count} x {name}" for name, count in devices.items())
+    return found
+
+
 def _settings(runs: Sequence[Run], settings: Sequence[dict[str, str]], keys: list[str]) -> str:
     names = [run.name for run in runs]
     return table(["setting", *names], ([key, *(s.get(key, "–") for s in settings)] for key in keys))
@@ -233,10 +238,12 @@ def _settings(runs: Sequence[Run], settings: Sequence[dict[str, str]], keys: lis
 
 def _place(run: Run) -> list[str]:
     config, last = run.config, run.lives[-1] if run.lives else None
+    # a job's copies tell of all lives, the origin of the newest
+    sources = run.snapshots or [run.origin]
     commits = [
-        (str(each.get("commit", ""))[:12] or "unknown")
-        + (" and changes" if each.get("diff_sha256") else "")
-        for each in run.snapshots
+        str(each["commit"])[:12] + (" and changes" if each.get("diff_sha256") else "")
+        for each in sources
+        if each.get("commit")
     ]
     engine = config.engine
     return [
@@ -244,7 +251,7 @@ def _place(run: Run) -> list[str]:
         "–" if last is None else f"{last.ranks} on {_some(last.nodes)}",
         f"ZeRO-{engine.zero_stage}, {engine.precision.value}, {config.model.path.value}",
         str(config.run.seed),
-        ", ".join(commits) or "not submitted: no copy",
+        ", ".join(commits) or "unknown",
     ]
 
 
@@ -258,7 +265,4 @@ def _leaves(value: object, key: str = "") -> Iterable[tuple[str, str]]:
 
 def colours(runs: Sequence[Run]) -> str:
     """The names of compared runs in their colours."""
-    return "".join(
-        f'<span class="key"><i style="color:{run_colour(index)}"></i>{text_of(run.name)}</span>'
-        for index, run in enumerate(runs)
-    )
+    return "".join(legend_key(run.name, run_colour(index)) for index, run in enumerate(runs))

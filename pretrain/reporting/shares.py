@@ -1,22 +1,21 @@
-"""Which sources a run's rows came from, by its law of mixture: no shard is opened."""
+"""Which sources a run's rows came from, by its law of mixture or its record: no shard is opened."""
 
 from pretrain.data.mixture import Mixture, Phases
 from pretrain.reporting.run import Run
+from pretrain.reporting.specs import EPOCHS, SHARE, Spec
 
 
 def rows_by_source(run: Run) -> dict[str, int]:
     """Rows that each source gave to the steps that count, the largest first.
 
-    Exact if the configuration names weights; empty if it leaves them to the sizes of the sources,
-    which only the shards' manifest knows.
+    By the law if the configuration names weights. If it leaves them to the sizes of the sources,
+    which only the shards' manifest knows, by what each step has recorded.
     """
     data = run.config.data
     weights = {name: source.weight for name, source in data.sources.items()}
-    if not weights or any(weight is None for weight in weights.values()):
-        return {}
     first = run.record.series.get("data/first_row")
-    if not first:
-        return {}
+    if not weights or not first or any(weight is None for weight in weights.values()):
+        return _recorded(run)
     phases = [(0, Mixture([weight or 0.0 for weight in weights.values()]))]
     for milestone in data.milestones:
         of_phase = Mixture([milestone.weights.get(name, 0.0) for name in weights])
@@ -27,3 +26,20 @@ def rows_by_source(run: Run) -> dict[str, int]:
         counts = counts - mixture.counts(rewind.next_row) + mixture.counts(rewind.first_row)
     found = dict(zip(weights, counts.tolist(), strict=True))
     return dict(sorted(found.items(), key=lambda each: -each[1]))
+
+
+def _recorded(run: Run) -> dict[str, int]:
+    rows = run.config.rows_per_step
+    found = {
+        key.removeprefix(SHARE): round(sum(series.values) * rows)
+        for key, series in run.record.series.items()
+        if key.startswith(SHARE)
+    }
+    return dict(sorted(found.items(), key=lambda each: -each[1]))
+
+
+def epochs_spec(run: Run) -> Spec:
+    """The chart of how often each source has been read through."""
+    keys = sorted(key for key in run.record.series if key.startswith(EPOCHS))
+    names = tuple(key.removeprefix(EPOCHS) for key in keys)
+    return Spec("How often each source has been read", tuple(keys), names, note="epochs")

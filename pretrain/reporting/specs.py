@@ -30,7 +30,13 @@ SPEED = (
         ("time/forward_s", "time/backward_s", "time/update_s", "time/wait_s"),
         ("forward", "backward", "update", "waiting for ranks"),
     ),
+    Spec(
+        "Seconds of a validation",
+        ("time/validation_s", "time/samples_s"),
+        ("held-out loss", "samples"),
+    ),
     Spec("Model FLOPs per second and rank", ("speed/model_flops_per_s_per_rank",)),
+    Spec("Goodput", ("progress/goodput",), note="share of the time since the run began in steps"),
     Spec(
         "Slowest rank",
         ("ranks/slowest_ratio",),
@@ -46,6 +52,13 @@ OPTIMIZATION = (
         kind=Kind.log,
     ),
     Spec("Learning rate", ("optimizer/learning_rate",)),
+    Spec(
+        "How far updates reach, by part",
+        tuple(f"optimizer/effective_rate_{part}" for part in PARTS),
+        PARTS,
+        kind=Kind.log,
+        note="learning rate over the root of the second moment, mean of a part's weights",
+    ),
     Spec("Spike score", ("loss/spike_score",), note="of each step's loss among those before it"),
     Spec("Updates skipped so far", ("optimizer/skipped_updates",)),
 )
@@ -77,11 +90,20 @@ RESOURCES = (
     Spec("Seconds to write a checkpoint", ("checkpoint/written_s",)),
     Spec("Seconds that training waited for a save", ("checkpoint/blocked_s",)),
 )
+SENSORS = (
+    Spec("GPU busy", ("gpu/utilization",), note="share of time in which a kernel ran"),
+    Spec("GPU power", ("gpu/power_w",), note="mean of the ranks"),
+    Spec("GPU temperature", ("gpu/temperature_c",), note="mean of the ranks"),
+    Spec("GPU clock", ("gpu/clock_hz",), note="of the multiprocessors, mean of the ranks"),
+)
 # Drawn elsewhere, or numbers whose curve says nothing.
 NOT_CURVES = {
     "loss/nats", "data/first_row", "data/checksum", "data/rows", "checkpoint/step",
     "validation/rows", "validation/tokens",
 }  # fmt: skip
+
+# Metrics of which there is one for each source of the data.
+SHARE, EPOCHS = "data/share_", "data/epochs_"
 
 # Lists of a validation, against the list of their places, or 1, 2, ... where there is none.
 LISTS = (

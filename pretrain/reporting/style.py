@@ -68,7 +68,7 @@ svg .cross { fill: var(--bad); text-anchor: middle; font-size: 15px; font-weight
 svg .hit { fill: transparent; } svg .shown { visibility: hidden; pointer-events: none; }
 svg .point:hover .shown { visibility: visible; }
 svg .rule { stroke: var(--muted); } svg .box { fill: var(--card); stroke: var(--muted); }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; } .grid + .scroll { margin-top: 14px; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
 th, td { text-align: left; padding: 7px 13px; border-bottom: 1px solid var(--rule);
   vertical-align: top; overflow-wrap: anywhere; }
@@ -80,6 +80,7 @@ tr:last-child td { border-bottom: 0; }
 .bar i { background: var(--rule); border-radius: 4px; height: 13px; display: block; }
 .bar i b { display: block; height: 100%; border-radius: 4px; background: var(--accent); }
 .bar em { font-style: normal; text-align: right; font-variant-numeric: tabular-nums; }
+.bar + .grid { margin-top: 14px; }
 .bar small { color: var(--muted); } .bar span { overflow-wrap: anywhere; }
 .timeline { position: relative; height: 34px; border-radius: 8px; background: var(--rule);
   overflow: hidden; }
@@ -92,6 +93,15 @@ tr:last-child td { border-bottom: 0; }
   background: repeating-linear-gradient(45deg, #67738a 0 9px, #576279 9px 18px); }
 .ends { display: flex; justify-content: space-between; color: var(--muted); font-size: 12.5px;
   margin: 4px 2px 14px; }
+.sample { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; margin: 0;
+  padding: 10px 14px; display: grid; grid-template-columns: max-content minmax(0, 1fr);
+  gap: 8px 14px; align-content: start; min-width: 0; }
+.grid:has(> .sample) {
+  grid-template-columns: repeat(auto-fit, minmax(min(330px, 100%), 1fr)); }
+.sample dt { color: var(--muted); font: 12.5px/1.5 system-ui, "DejaVu Sans", sans-serif; }
+.sample dd { margin: 0; min-width: 0; } .sample b { color: var(--accent); }
+pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4;
+  font: 13px/1.45 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
 details { margin-top: 14px; } summary { cursor: pointer; color: var(--accent); padding: 6px 0; }
 footer { color: var(--muted); font-size: 12.5px; margin-top: 40px; }
 @media (max-width: 560px) {

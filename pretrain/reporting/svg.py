@@ -3,7 +3,7 @@
 import html
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from pretrain.reporting.numbers import plain
@@ -38,6 +38,14 @@ class Line:
     is_dashed: bool = False
     has_dots: bool = False
     is_dots_only: bool = False
+    errors: Sequence[float | None] = ()
+    """Half the length of a bar at each point, or None for no bar; empty: no bars."""
+
+    def reach(self) -> Iterator[float]:
+        """The values and the ends of their bars: what an axis must hold."""
+        yield from self.y
+        for value, error in zip(self.y, self.errors, strict=False):
+            yield from (value - (error or 0.0), value + (error or 0.0))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,16 +85,17 @@ def draw(chart: Chart) -> str:
     drawable = [line for line in chart.lines if any(math.isfinite(value) for value in line.y)]
     if not drawable:
         return ""
+    has_bars = any(line.errors for line in drawable)
     x = fit(
         (value for line in drawable for value in line.x),
         chart.x_kind,
         start=_LEFT,
         stop=chart.width - _RIGHT,
         # points in a plane may lie at any edge; a curve begins and ends at the axes
-        pad=0.07 if chart.is_labelled or not chart.has_pointers else 0.0,
+        pad=0.07 if chart.is_labelled or not chart.has_pointers or has_bars else 0.0,
     )
     y = fit(
-        (value for line in drawable for value in line.y),
+        (value for line in drawable for value in line.reach()),
         chart.y_kind,
         start=chart.height - _BOTTOM,
         stop=_TOP,
@@ -94,6 +103,7 @@ def draw(chart: Chart) -> str:
     )
     parts = [_axes(chart, x, y)]
     parts += [_mark(mark, x, chart) for mark in chart.marks if x.low <= mark.x <= x.high]
+    parts += [_error_bars(line, x, y) for line in drawable]
     parts += [_curve(line, x, y, buckets=chart.width) for line in drawable]
     if chart.is_labelled:
         parts.append(_point_labels(drawable[-1], x, y, chart.show_y))
@@ -153,6 +163,15 @@ def _curve(line: Line, x: Scale, y: Scale, *, buckets: int) -> str:
         if line.has_dots or line.is_dots_only or len(piece) == 1:
             drawn += [_dot(point, line.colour) for point in piece]
     return "".join(drawn + crosses)
+
+
+def _error_bars(line: Line, x: Scale, y: Scale) -> str:
+    return "".join(
+        f'<line style="stroke:{line.colour}" x1="{x(at):.1f}" x2="{x(at):.1f}" '
+        f'y1="{y(value - error):.1f}" y2="{y(value + error):.1f}"/>'
+        for at, value, error in zip(line.x, line.y, line.errors, strict=False)
+        if error and math.isfinite(value) and math.isfinite(error)
+    )
 
 
 def _dot(point: str, colour: str) -> str:

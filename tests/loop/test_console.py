@@ -1,6 +1,6 @@
 import pytest
 
-from pretrain.loop.console import Progress, format_duration
+from pretrain.loop.console import Progress, format_duration, one_line
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,9 @@ def test_time_left_forgets_a_slow_start():
 
 def test_a_resumed_run_counts_only_the_steps_that_are_left():
     assert line(Progress(1000), 991, 10.0).endswith("left 1m30s")
+
+
+def test_a_text_on_one_line_cannot_command_the_terminal():
+    assert one_line("def f():\n\treturn  1\n", 40) == "def f(): return 1"
+    assert one_line("a\x1b[2Jb\x07\u202ec", 40) == "a\ufffd[2Jb\ufffd\ufffdc"
+    assert one_line("twelve again", 6) == "twelv…"

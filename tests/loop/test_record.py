@@ -18,6 +18,7 @@ from pretrain.testing import tiny_config
 from wandb_files import history, values, wandb_records
 
 CODE = {"commit": "c0ffee", "diff_sha256": "d1ff"}
+ENVIRONMENT = {"software": {"torch": "2.11.0"}, "devices": {"NVIDIA H200": 8}}
 IDENTITY = {"data_fingerprint": "f00d", "tokenizer_sha256": "70c3"}
 
 
@@ -35,7 +36,8 @@ def open_record(run_dir: Path, *, rank: int = 0) -> Record:
     logging = LoggingConfig(wandb=WandbMode.offline, alert_cooldown_s=0)
     config = tiny_config(logging=logging)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, name="first"))
-    return Record(config, run_dir, TrainState(), rank=rank, origin=origin(CODE, IDENTITY))
+    found = origin(CODE, IDENTITY, ENVIRONMENT)
+    return Record(config, run_dir, TrainState(), rank=rank, origin=found)
 
 
 def alerts_of(run_dir: Path) -> list[tuple[str, str]]:
@@ -72,7 +74,8 @@ def test_every_mishap_is_an_alert_and_what_is_well_is_none(tmp_path: Path, monke
     assert "SIGUSR1" in found[4][1]
     (run,) = [m.run for m in wandb_records(tmp_path) if m.HasField("run")]
     known = values(run.config.update)["origin"]
-    assert known == CODE | IDENTITY | {"slurm": {"job_id": "4711", "restart_count": "2"}}
+    slurm = {"slurm": {"job_id": "4711", "restart_count": "2"}}
+    assert known == CODE | IDENTITY | ENVIRONMENT | slurm
     assert read_origin(tmp_path) == known
     # the copy has what the truth has
     steps = [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")]

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from pretrain.loop.metrics import decode_record, encode_record
 from pretrain.loop.sink import Alerts, message
 
 
@@ -37,6 +38,18 @@ def test_numbers_are_flat_and_lists_are_histograms_and_tables() -> None:
     assert json.loads(message({"step": 1})) == {"record": {"step": 1}}
     with pytest.raises(TypeError):
         message({"step": 1, "object": object()})
+
+
+def test_samples_are_texts_whatever_they_spell() -> None:
+    samples = [
+        {"prompt": "NaN", "depth": 4, "seed": 7, "text": "Infinity"},
+        {"prompt": "", "depth": 8, "seed": 7, "text": 'a "quote"\n\x1b[31m'},
+    ]
+    line = message({"step": 3, "validation/samples": samples})
+    assert json.loads(line) == {"record": {"step": 3}, "texts": {"validation/samples": samples}}
+    # through the record as well
+    record = decode_record(encode_record({"step": 3, "validation/samples": samples}))
+    assert record == {"step": 3, "validation/samples": samples}
 
 
 def test_an_alert_reaches_all_sinks_and_is_not_repeated_within_its_cooldown() -> None:

@@ -49,6 +49,8 @@ def test_points_lie_at_their_tokens_and_a_resume_takes_back_what_was_lost(tmp_pa
     second.send(
         message(record(32) | {"validation/depths": [1, 8], "validation/loss_nats": [3.0, 2.0]})
     )
+    samples = [{"prompt": "def ", "depth": 8, "seed": 7, "text": "main():\n\treturn <b>"}]
+    second.send(message({"step": 32, "tokens": 3200, "validation/samples": samples}))
     Alerts([second], cooldown_s=1).raise_("stall", "stands still")
     second.close()
     assert not first.has_failed
@@ -63,6 +65,10 @@ def test_points_lie_at_their_tokens_and_a_resume_takes_back_what_was_lost(tmp_pa
     assert (histogram.step, histogram.histogram_value.num) == (3100, 5)
     (alert,) = found.Tensors("alert/stall/text_summary")
     assert alert.tensor_proto.string_val == [b"stands still"]
+    (sample,) = found.Tensors("validation/samples/text_summary")
+    # Markdown that shows the text as it is
+    shown = b"depth 8, seed 7\n\n    def main():\n    \treturn <b>"
+    assert sample.tensor_proto.string_val == [shown]
 
 
 @pytest.mark.faults

@@ -109,6 +109,23 @@ def test_depths_are_a_histogram_the_curve_a_table_and_alerts_are_alerts(tmp_path
     assert (alert.title, alert.text, alert.level) == ("spike", "loss 9 at step 2", "WARN")
 
 
+def test_samples_are_a_table_of_texts(tmp_path):
+    sink = start(tmp_path)
+    samples = [
+        {"prompt": "NaN", "depth": 4, "seed": 7, "text": " is\nno number"},
+        {"prompt": "def ", "depth": 8, "seed": 7, "text": "Infinity"},
+    ]
+    sink.send(message({"step": 1, "tokens": 9, "validation/samples": samples}))
+    sink.close()
+    assert not sink.has_failed
+    (row,) = [values(m.history.item) for m in wandb_records(tmp_path) if m.HasField("history")]
+    assert row["validation/samples._type"] == "table-file"
+    (path,) = tmp_path.glob("wandb/offline-run-*/files/" + row["validation/samples.path"])
+    kept = json.loads(path.read_text())
+    assert kept["columns"] == ["prompt", "depth", "seed", "text"]
+    assert kept["data"] == [list(sample.values()) for sample in samples]
+
+
 @pytest.mark.faults
 def test_a_full_disk_costs_points_of_the_copy_and_no_time(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(sink_process, "_GRACE_S", 1.0)

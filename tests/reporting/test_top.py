@@ -28,6 +28,31 @@ def test_one_frame_has_the_newest_values(make_run):
         assert part in text
 
 
+def test_what_a_watcher_asks_of_gpus_saves_and_texts_is_there(make_run):
+    folder = make_run(steps=40)
+    samples = [{"prompt": "def ", "depth": 8, "seed": 7, "text": "main():\n\x1b[2J" + "a" * 300}]
+    values = {
+        "gpu/utilization": 0.97, "gpu/power_w": 651.5, "gpu/temperature_c": 63.0,
+        "gpu/clock_hz": 1.98e9, "speed/mfu": 0.412, "loss/nats": 4.0,
+    }  # fmt: skip
+    records = [
+        {"step": 40, "tokens": 40_960, "validation/depths": [1], "validation/loss_nats": [3.0],
+         "validation/samples": samples},
+        {"step": 40, "tokens": 40_960, "checkpoint/step": 40, "checkpoint/written_s": 1.5},
+        {"step": 42, "tokens": 43_008, **values},
+    ]  # fmt: skip
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.writelines(map(encode_record, records))
+    text = shown(read_run(folder))
+    for part in (
+        "97 %", "652 W", "63 °C", "1.98 GHz", "41.2 %", "held out at step 40, 2 steps ago",
+        "sample  r=8  def main(): \ufffd[2Jaaa", "saved   step 40, written in 1.5 s",
+    ):  # fmt: skip
+        assert part in text
+    assert "\x1b" not in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
 def test_without_a_terminal_one_frame_is_shown_and_said_to_be_one(make_run, tmp_path):
     done = run_cli(tmp_path, "top", f"run.dir={make_run(steps=2)}")
     assert done.returncode == 0, done.stdout + done.stderr
