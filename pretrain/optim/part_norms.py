@@ -14,8 +14,7 @@ from pretrain.optim.slices import Layout, Partition
 class PartNorms:
     """Reads the gradient just before the optimizer does, in the steps that ask for it.
 
-    For a step that is DeepSpeed's own; `engine/update` has the norms without a pass. There every
-    ZeRO stage holds the gradient in fp32, summed over ranks and once over all of them. A stage
+    There every ZeRO stage holds it in fp32, summed over ranks and once over all of them. A stage
     that calls the optimizer several times a step (ZeRO-3, once per piece) adds up.
     """
 
