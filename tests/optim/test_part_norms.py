@@ -69,6 +69,7 @@ def oracle() -> dict[str, float]:
         (1, 1, "fp32", "ellis-adam"),
         (2, 1, "bf16", "ellis-adam"),
         (2, 2, "fp32", "adamw"),
+        (2, 2, "bf16", "ellis-adam"),
         (2, 3, "fp32", "ellis-adam"),
         (2, 3, "fp32", "adamw"),
     ],
