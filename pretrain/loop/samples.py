@@ -32,8 +32,8 @@ class Sampler:
     def take(self, forward: Callable[..., Output], *, step: int, device: torch.device) -> Any:
         """validation/samples: prompt, depth, seed and text of each sample; {} without prompts.
 
-        All that is drawn is a function of run.seed and the step. `pretrain generate` with the same
-        prompt, depth, temperature and seed gives the same text from the same weights.
+        All that is drawn is a function of run.seed and the step. From the same weights `pretrain
+        generate` gives the same text for the prompt, depth, temperature and seed with top_p=1.
         """
         config = self._config.validation
         if not self._prompts:

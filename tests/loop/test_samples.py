@@ -26,6 +26,7 @@ ASKED = [
     f"validation.prompts={json.dumps(PROMPTS)}",
     "validation.sample_depths=[4,1]",
     "validation.sample_tokens=6",
+    "validation.sample_temperature=0.7",
 ]
 
 
@@ -100,7 +101,7 @@ def test_generate_repeats_a_sample_from_its_seed(
         done = run_cli(
             workspace, "generate", "run.dir=out/runs/sampled", "generate.max_new_tokens=6",
             f"generate.prompt='{sample['prompt']}'", f"generate.num_steps={sample['depth']}",
-            f"generate.seed={sample['seed']}", "generate.temperature=0",
+            f"generate.seed={sample['seed']}", "generate.temperature=0.7", "generate.top_p=1",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert done.stdout == f"{sample['prompt']}{sample['text']}\n"
