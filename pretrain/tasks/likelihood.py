@@ -2,9 +2,9 @@
 
 # B rows  T tokens  N depths  D width
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,8 +12,10 @@ from torch import Tensor
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.engine.world import World
 from pretrain.loop.validation import STATE_SEED
+from pretrain.model.config import CHUNK_TOKENS
+from pretrain.model.depth import Depth
 from pretrain.model.initial_state import initial_states
-from pretrain.model.loss import IGNORED
+from pretrain.model.loss import IGNORED, weighted_sum
 from pretrain.model.recurrent import RecurrentModel
 from pretrain.tasks.prompts import Continuation
 from pretrain.tasks.sharing import Batch, batches_by_length, share
@@ -23,6 +25,8 @@ from pretrain.tasks.sharing import Batch, batches_by_length, share
 _MULTIPLE = 64
 _MOST_ROWS = 512
 
+Found = TypeVar("Found")
+
 
 class Row(NamedTuple):
     """Tokens of one forward pass; the nats of the last `scored` of them are asked for."""
@@ -31,6 +35,15 @@ class Row(NamedTuple):
     scored: int
     is_cut: bool = False
     """Whether its beginning did not fit into the context."""
+
+
+class _Padded(NamedTuple):
+    """Rows side by side, on the subject's device."""
+
+    tokens_BT: Tensor
+    labels_BT: Tensor
+    documents_BT: Tensor
+    state_BTD: Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,14 +96,28 @@ def nats_of(subject: Subject, rows: Sequence[Row], name: str) -> list[tuple[floa
 
     So a row's nats depend on nothing but itself, up to the rounding of products of another shape.
     """
-    lengths = [_padded(len(row.ids) - 1, subject.context) for row in rows]
+    return _in_batches(subject, rows, name, _nats)
+
+
+def greedy_nats_of(subject: Subject, rows: Sequence[Row], name: str) -> list[tuple[float, bool]]:
+    """As `nats_of` for a subject of one depth, and whether greedy decoding would write the same."""
+    return _in_batches(subject, rows, name, _greedy_nats)
+
+
+def _in_batches(
+    subject: Subject,
+    rows: Sequence[Row],
+    name: str,
+    work: Callable[[Subject, _Padded], Sequence[Found]],
+) -> list[Found]:
+    lengths = [_padded_length(len(row.ids) - 1, subject.context) for row in rows]
     batches = batches_by_length(lengths, most_tokens=subject.batch_tokens, most_rows=_MOST_ROWS)
     state_1TD = one_state(subject)
 
-    def work(batch: Batch) -> list[tuple[float, ...]]:
-        return _pass(subject, [rows[index] for index in batch], lengths[batch[0]], state_1TD)
+    def run(batch: Batch) -> Sequence[Found]:
+        return work(subject, _pad(subject, [rows[index] for index in batch], state_1TD))
 
-    return share(subject.world, name, batches, work)
+    return share(subject.world, name, batches, run)
 
 
 def one_state(subject: Subject) -> Tensor:
@@ -106,10 +133,9 @@ def one_state(subject: Subject) -> Tensor:
     )
 
 
-def _pass(
-    subject: Subject, rows: Sequence[Row], length: int, state_1TD: Tensor
-) -> list[tuple[float, ...]]:
+def _pad(subject: Subject, rows: Sequence[Row], state_1TD: Tensor) -> _Padded:
     """Padding stands behind the text, where no token of it looks, and is a document of its own."""
+    length = _padded_length(max(len(row.ids) for row in rows) - 1, subject.context)
     tokens_BT = torch.full((len(rows), length), subject.tokenizer.special.pad)
     labels_BT = torch.full((len(rows), length), IGNORED)
     documents_BT = torch.full((len(rows), length), -1)
@@ -119,15 +145,48 @@ def _pass(
         labels_BT[at, read - row.scored : read] = ids[len(ids) - row.scored :]
         documents_BT[at, :read] = 0
     device = subject.world.device
-    nats_NB, _ = subject.model.losses_at(
+    return _Padded(
         tokens_BT.to(device),
+        labels_BT.to(device),
+        documents_BT.to(device),
+        state_1TD[:, :length].expand(len(rows), -1, -1),
+    )
+
+
+def _nats(subject: Subject, rows: _Padded) -> list[tuple[float, ...]]:
+    nats_NB, _ = subject.model.losses_at(
+        rows.tokens_BT,
         subject.depths,
-        initial_state=state_1TD[:, :length].expand(len(rows), -1, -1),
-        labels=labels_BT.to(device),
-        documents=documents_BT.to(device),
+        initial_state=rows.state_BTD,
+        labels=rows.labels_BT,
+        documents=rows.documents_BT,
     )
     return [tuple(nats_N) for nats_N in nats_NB.T.double().tolist()]
 
 
-def _padded(length: int, context: int) -> int:
-    return min(-(-length // _MULTIPLE) * _MULTIPLE, context)
+@torch.no_grad()
+def _greedy_nats(subject: Subject, rows: _Padded) -> list[tuple[float, bool]]:
+    (depth,) = subject.depths
+    hidden_BTD = subject.model(
+        rows.tokens_BT,
+        [Depth(depth, 0)] * len(rows.tokens_BT),
+        initial_state=rows.state_BTD,
+        documents=rows.documents_BT,
+        keep_logits=False,
+    ).hidden
+    embedding, is_scored_BT = subject.model.embedding, rows.labels_BT != IGNORED
+    nats_BT = embedding(None, hidden_BTD, rows.labels_BT)
+    nats_B, _ = weighted_sum(nats_BT, rows.labels_BT, None, dim=1)
+    # all logits of a batch may be far more than its hidden vectors
+    likeliest = [
+        embedding(None, chunk_ND).argmax(-1)
+        for chunk_ND in hidden_BTD[is_scored_BT].split(CHUNK_TOKENS)
+    ]
+    is_missed_BT = torch.zeros_like(is_scored_BT)
+    is_missed_BT[is_scored_BT] = torch.cat(likeliest) != rows.labels_BT[is_scored_BT]
+    is_greedy_B = ~is_missed_BT.any(1)
+    return list(zip(nats_B.double().tolist(), is_greedy_B.tolist(), strict=True))
+
+
+def _padded_length(length: int, context: int) -> int:
+    return min(-(-max(length, 1) // _MULTIPLE) * _MULTIPLE, context)
