@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.util import find_spec
 
 from pretrain.errors import EXIT_CONFIG, EXIT_FINISHED, ConfigError
@@ -37,6 +38,9 @@ def main(arguments: Sequence[str]) -> int:
 def register() -> None:
     """Let lm_eval know the model by its name; harmless to call again."""
     from lm_eval.api.registry import model_registry
+
+    # it looks for its own models only while it knows none
+    import_module("lm_eval.models")
 
     if NAME not in model_registry:
         model_registry.register(NAME, target=_TARGET)

@@ -23,6 +23,8 @@ from pretrain.tasks.records import Choice, Kind, Program, Question, Task, Text, 
 
 # So that no task of lm-evaluation-harness's own has the same name.
 PREFIX = "pretrain_"
+# Of how items are put and scored; it stands beside every score.
+VERSION = 1
 Record = dict[str, Any]
 
 
@@ -77,16 +79,19 @@ def _write_part(part: Part, folder: Path, name: str) -> None:
     records.write_text("\n".join(lines) + "\n", encoding="utf-8")
     settings = {
         "task": name,
-        "dataset_path": "json",
-        # relative paths would be looked for where the harness is started
-        "dataset_kwargs": {"data_files": {"test": str(records.resolve())}},
+        # a relative path would be looked for where the harness is started
+        "dataset_kwargs": {"records": str(records.resolve())},
         "test_split": "test",
         "num_fewshot": 0,
+        "metadata": {"version": VERSION},
         **part.settings,
     }
-    # the tag is no plain YAML, so it is added to what is
-    scores = f"process_results: !function pretrain.harness.scores.{part.scores}\n"
-    (folder / f"{name}.yaml").write_text(_yaml(settings) + scores, encoding="utf-8")
+    # the tag is no plain YAML, so these are added to what is
+    functions = (
+        "custom_dataset: !function pretrain.harness.items.load\n"
+        f"process_results: !function pretrain.harness.scores.{part.scores}\n"
+    )
+    (folder / f"{name}.yaml").write_text(_yaml(settings) + functions, encoding="utf-8")
 
 
 def _yaml(settings: dict[str, Any]) -> str:
