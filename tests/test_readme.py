@@ -11,6 +11,8 @@ from conftest import SMALL, run_cli, write_published_tokenizer
 from pretrain.adopt import complete
 from pretrain.cli import COMMANDS
 from pretrain.compose import load, write_frozen
+from pretrain.harness import run as harness_run
+from pretrain.harness.config import model_options
 from pretrain.multirun import combinations
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +35,9 @@ def check_pretrain(words: list[str], tmp_path: Path) -> None:
         names = command.words.split()
         if words[: len(names)] == names:
             overrides = words[len(names) :]
+            if not command.primary:
+                check_harness(overrides)
+                return
             if command.words == "adopt":
                 overrides = complete(overrides)
             # what names a run by a swept value is not among the words
@@ -40,6 +45,12 @@ def check_pretrain(words: list[str], tmp_path: Path) -> None:
                 load(command.primary, job)
             return
     raise AssertionError(f"there is no command {words[0]}")
+
+
+def check_harness(words: list[str]) -> None:
+    assert words[words.index("--model") + 1] == harness_run.NAME
+    given = [pair.split("=") for pair in words[words.index("--model_args") + 1].split(",")]
+    model_options({name: int(value) if value.isdigit() else value for name, value in given})
 
 
 def test_the_readme_shows_commands() -> None:
@@ -84,6 +95,7 @@ def test_tree_of_the_readme_is_the_tree() -> None:
         ".git",
         ".venv",
         ".venv-transformers-4",
+        ".venv-harness",
         "out",
         ".pytest_cache",
         ".mypy_cache",

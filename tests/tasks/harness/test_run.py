@@ -9,7 +9,7 @@ import math
 import os
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ import torch
 from pretrain.compose import load
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.engine.world import World
+from pretrain.errors import CheckpointError, ConfigError
 from pretrain.harness.tasks import main as write_tasks
 from pretrain.loop.trained import load_trained
 from pretrain.tasks.config import EvaluateOptions
@@ -163,28 +164,36 @@ def _told(path: Path, outcome: Outcome) -> list[dict[str, Any]]:
     return found
 
 
+def harness(
+    words: list[str], folder: Path, launcher: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """The command in its environment, offline."""
+    return subprocess.run(
+        [str(HARNESS), *launcher, "-m", "pretrain", "harness", "run", *words],
+        cwd=folder,
+        env=os.environ | {
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1",
+            "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def asked(
     run_dir: Path, ours: Ours, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Theirs]:
     def run(*launcher: str, tasks: list[str], model: list[str]) -> Theirs:
         output = tmp_path_factory.mktemp("said")
-        done = subprocess.run(
-            [
-                str(HARNESS), *launcher, "-m", "pretrain", "harness", "run", *model,
-                "--device", "cpu", "--include_path", str(ours.folder), "--tasks", ",".join(tasks),
-                "--confirm_run_unsafe_code", "--log_samples", "--output_path", str(output),
-            ],
-            cwd=output,
-            env=os.environ | {
-                "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1",
-                "HF_HOME": str(output / "home"), "HF_HUB_OFFLINE": "1",
-            },
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-            check=False,
-        )  # fmt: skip
+        words = [
+            *model, "--device", "cpu", "--include_path", str(ours.folder), "--tasks",
+            ",".join(tasks), "--confirm_run_unsafe_code", "--log_samples",
+            "--output_path", str(output),
+        ]  # fmt: skip
+        done = harness(words, output, launcher)
         assert done.returncode == 0, done.stdout + done.stderr
         return _read(output)
 
@@ -355,6 +364,16 @@ def test_two_ranks_answer_as_one(
     assert all(len(each) == 2 for each in draws)
     # each repetition has draws of its own
     assert sum(first != second for first, second in draws) > len(draws) // 2
+
+
+def test_mistakes_are_said_as_everywhere(run_dir: Path, tmp_path: Path) -> None:
+    said = {}
+    for arguments in (f"run_dir={tmp_path}/none", f"run_dir={run_dir},steps=4"):
+        done = harness([*RECURRENT, arguments, "--tasks", "arc_easy"], tmp_path)
+        assert "Traceback" not in done.stderr
+        said[done.returncode] = done.stderr
+    assert f"{tmp_path}/none" in said[CheckpointError.exit_code]
+    assert "steps=4 is unknown; --model recurrent takes run_dir" in said[ConfigError.exit_code]
 
 
 def _split(sample: dict[str, Any]) -> tuple[list[float], list[str]]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from conftest import run_cli
 from pretrain.compose import load
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.engine.world import World
-from pretrain.errors import DataError
+from pretrain.errors import ConfigError, DataError
 from pretrain.harness import scores
 from pretrain.harness.tasks import main
 from pretrain.loop.trained import load_trained
@@ -175,6 +176,13 @@ def test_the_command_says_what_to_do_next(tmp_path: Path, task_files: dict[str, 
     assert done.returncode == 0, done.stderr
     assert "--include_path T --tasks pretrain_birds,pretrain_programs" in done.stdout
     assert "--confirm_run_unsafe_code" in done.stdout
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-eval is installed here")
+def test_without_the_harness_it_says_how_to_get_it(tmp_path: Path) -> None:
+    done = run_cli(tmp_path, "harness", "run", "--model", "recurrent")
+    assert done.returncode == ConfigError.exit_code
+    assert "`make harness` makes an environment that has it" in done.stderr
 
 
 def test_a_file_that_holds_no_items_is_refused(tmp_path: Path) -> None:
