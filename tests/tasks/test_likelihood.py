@@ -17,13 +17,20 @@ from pretrain.tasks.prompts import cut
 DEPTH = 5
 
 
-@pytest.fixture(scope="module")
-def subject(run_dir: Path) -> Subject:
-    trained = load_trained(run_dir, torch.device("cpu"), dtype=torch.float32)
+ON_A_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=ON_A_GPU)])
+def subject(run_dir: Path, request: pytest.FixtureRequest) -> Subject:
+    device = torch.device(request.param)
+    trained = load_trained(run_dir, device, dtype=torch.float32)
     return Subject(
         model=trained.model,
         tokenizer=Tokenizer.load(trained.config.tokenizer.path),
-        world=World(0, 1, 0, torch.device("cpu")),
+        world=World(0, 1, 0, device),
         depths=(DEPTH,),
         batch_tokens=256,
     )

@@ -24,6 +24,7 @@ from pretrain.engine.world import World
 from pretrain.errors import CheckpointError
 from pretrain.harness.tasks import main as write_tasks
 from pretrain.loop.trained import load_trained
+from pretrain.model.decoding import Exit
 from pretrain.tasks.config import EvaluateOptions
 from pretrain.tasks.likelihood import Row, Subject, continuation_row, greedy_nats_of
 from pretrain.tasks.measure import measure
@@ -35,6 +36,8 @@ ROOT = Path(__file__).resolve().parents[3]
 HARNESS = ROOT / ".venv-harness/bin/python"
 IS_REQUIRED = os.environ.get("PRETRAIN_HARNESS_TESTS") == "required"
 DEPTH, NEW_TOKENS = 4, 8
+# so high that tokens exit before four iterations, and text becomes another
+EXIT = {"exit": Exit.latent_diff, "exit_threshold": 0.6}
 # float32 sums of some hundred tokens in products of another shape
 TOLERANCE = 1e-4
 # Importing lm-evaluation-harness alone takes some ten seconds of a core.
@@ -137,8 +140,9 @@ def ours(
     (folder / "quiz.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (folder / "birds.jsonl").write_text(task_files["birds"].read_text())
     files = [*task_files.values(), folder / "quiz.jsonl"]
-    options = EvaluateOptions(depths=[DEPTH], rows=1, max_new_tokens=NEW_TOKENS)
-    options.run_code = True
+    options = EvaluateOptions(
+        depths=[DEPTH], rows=1, max_new_tokens=NEW_TOKENS, run_code=True, tasks=["all"], **EXIT
+    )
     outcomes = {path.stem: measure(subject, read_task(path), options) for path in files}
     words = [f"harness.tasks=[{','.join(map(str, files))}]", f"harness.to={folder}"]
     write_tasks(load("harness", [*words, f"harness.max_new_tokens={NEW_TOKENS}"]))
@@ -218,13 +222,20 @@ def _read(output: Path) -> Theirs:
 
 
 RECURRENT = ["--model", "recurrent", "--model_args"]
+
+
+def model(run_dir: Path, batch_size: str) -> list[str]:
+    """The words that ask for the run as it is measured here."""
+    arguments = f"run_dir={run_dir},num_steps={DEPTH},exit=latent_diff,exit_threshold=0.6"
+    return [*RECURRENT, arguments, "--batch_size", batch_size]
+
+
 WRITTEN = [f"pretrain_{name}" for name in ("birds", "endings", "sums", "programs", "quiz")]
 
 
 @pytest.fixture(scope="module")
 def alone(asked: Callable[..., Theirs], run_dir: Path) -> Theirs:
-    arguments = f"run_dir={run_dir},num_steps={DEPTH}"
-    return asked(tasks=[*WRITTEN, *ITS_OWN], model=[*RECURRENT, arguments, "--batch_size", "auto"])
+    return asked(tasks=[*WRITTEN, *ITS_OWN], model=model(run_dir, "auto"))
 
 
 def value(outcome: Outcome, measure: str) -> float:
@@ -294,8 +305,12 @@ def _its_split(text: str) -> list[str]:
     return re.split(r"\s+", text)
 
 
-def test_answers_are_the_same_text(ours: Ours, alone: Theirs) -> None:
+def test_answers_are_the_same_text(ours: Ours, alone: Theirs, task_files: dict[str, Path]) -> None:
     outcome = ours.outcomes["sums"]
+    whole = EvaluateOptions(depths=[DEPTH], rows=1, max_new_tokens=NEW_TOKENS)
+    items = measure(ours.subject, read_task(task_files["sums"]), whole).items
+    # without an exit they would be others
+    assert [item["text"] for item in items] != [item["text"] for item in outcome.items]
     for item, sample in zip(outcome.items, alone.samples["pretrain_sums"], strict=True):
         (text,) = sample["filtered_resps"]
         ends = tuple(sample["doc"]["ends"])
@@ -350,7 +365,7 @@ def test_two_ranks_answer_as_one(
     two = asked(
         "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
         tasks=tasks,
-        model=[*RECURRENT, f"run_dir={run_dir},num_steps={DEPTH}", "--batch_size", "3"],
+        model=model(run_dir, "3"),
     )  # fmt: skip
     for task in tasks:
         for one, other in zip(alone.samples[task], two.samples[task], strict=True):
