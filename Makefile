@@ -5,14 +5,19 @@ STAMP := .venv/.installed
 # transformers 4.x beside the 5.x of .venv, whose other packages it sees through a .pth file
 OTHER := .venv-transformers-4
 OTHER_STAMP := $(OTHER)/.installed
+# lm-evaluation-harness beside .venv, whose packages it sees in the same way
+HARNESS := .venv-harness
+HARNESS_STAMP := $(HARNESS)/.installed
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all test-slurm faults check docs bench clean
+.PHONY: help train test test-all test-slurm test-harness harness faults check docs bench clean
 
 help:
 	@echo "make train     install if needed, then raw text to a trained model on this CPU"
 	@echo "make test      install if needed, then the tests (under 15 minutes)"
-	@echo "make test-all  every test, also the slow ones and those under transformers 4.x"
+	@echo "make test-all  every test, also the slow ones, under transformers 4.x and lm-eval"
 	@echo "make test-slurm  every job script on a private SLURM (as root; slurm-wlm and munge)"
+	@echo "make harness   .venv-harness/bin/pretrain harness run, with lm-evaluation-harness"
+	@echo "make test-harness  the tests of that"
 	@echo "make faults    kills, full disks, damage, hangs only"
 	@echo "make check     format, lint and types"
 	@echo "make docs      the documentation as a site, in out/site"
@@ -33,6 +38,16 @@ $(OTHER_STAMP): $(STAMP)
 		> "$$($(OTHER)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
 	touch $@
 
+# The .pth file first, so that pip adds only what .venv lacks.
+$(HARNESS_STAMP): $(STAMP)
+	$(BIN)/python -m venv $(HARNESS)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(HARNESS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	$(HARNESS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[harness]'
+	touch $@
+
+harness: $(HARNESS_STAMP)
+
 train: $(STAMP)
 	$(BIN)/pretrain data tokenizer
 	$(BIN)/pretrain data build
@@ -43,12 +58,16 @@ train: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -m 'not slow and not gpu'
 
-test-all: $(STAMP) $(OTHER_STAMP)
+test-all: $(STAMP) $(OTHER_STAMP) $(HARNESS_STAMP)
 	$(BIN)/python -m pytest
 
 # A test that cannot run here fails.
 test-slurm: $(STAMP)
 	PRETRAIN_SLURM_TESTS=required $(BIN)/python -m pytest -m slurm tests/slurm
+
+# So does one here without the environment.
+test-harness: $(HARNESS_STAMP)
+	PRETRAIN_HARNESS_TESTS=required $(BIN)/python -m pytest tests/tasks/harness
 
 faults: $(STAMP)
 	$(BIN)/python -m pytest -m faults

@@ -18,10 +18,11 @@ from pretrain.secrets import Redacting, redact, secret_values
 
 
 class Command(NamedTuple):
-    """One command: its words, the primary configuration it takes, and what it is for."""
+    """One command."""
 
     words: str
     primary: str
+    """The primary configuration it takes; none: its arguments are another program's."""
     purpose: str
 
 
@@ -37,6 +38,8 @@ COMMANDS = (
     Command("sweep status", "sweep", "what each run of a submitted sweep is doing"),
     Command("sweep collect", "sweep", "the runs of a sweep by held-out loss, as a table and CSV"),
     Command("evaluate", "evaluate", "held-out loss, or scores on tasks, at several depths"),
+    Command("harness run", "", "lm-evaluation-harness, where --model recurrent is a run"),
+    Command("harness tasks", "harness", "write files of items as tasks of lm-evaluation-harness"),
     Command("generate", "generate", "continue a prompt"),
     Command("report", "report", "one run or several as a page: curves, depth, lives, states"),
     Command("top", "top", "watch a run in the terminal"),
@@ -89,6 +92,8 @@ def _run(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, handlers=[to_console])
     try:
         module = import_module("pretrain." + command.words.replace(" ", "."))
+        if not command.primary:
+            return int(module.main(rest))
         if any(argument.startswith("-") for argument in rest):
             return _run_with_flags(command, module, rest)
         from pretrain.compose import load, names_run

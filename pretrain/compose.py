@@ -36,6 +36,7 @@ SCHEMAS = {
     "data": tree.InspectTrainConfig,
     "doctor": tree.DoctorConfig,
     "evaluate": tree.EvaluateConfig,
+    "harness": tree.HarnessConfig,
     "generate": tree.GenerateConfig,
     "report": tree.ReportConfig,
     "top": tree.TopConfig,

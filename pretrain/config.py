@@ -6,6 +6,7 @@ from enum import Enum
 from pretrain.data.config import DataConfig, InspectConfig, TokenizerConfig
 from pretrain.engine.config import CheckpointConfig, EngineConfig, Precision
 from pretrain.errors import ConfigError
+from pretrain.harness.config import HarnessOptions
 from pretrain.jobs.config import ClusterConfig, SubmitOptions, SweepOptions
 from pretrain.loop.config import (
     BatchConfig,
@@ -153,6 +154,13 @@ class EvaluateConfig:
 
     run: RunFolderConfig
     evaluate: EvaluateOptions
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class HarnessConfig:
+    """Files of items that become tasks of lm-evaluation-harness."""
+
+    harness: HarnessOptions
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

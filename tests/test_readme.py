@@ -13,6 +13,8 @@ from conftest import SMALL, run_cli, write_published_tokenizer
 from pretrain.adopt import complete
 from pretrain.cli import COMMANDS
 from pretrain.compose import load, write_frozen
+from pretrain.harness import run as harness_run
+from pretrain.harness.config import model_options
 from pretrain.multirun import combinations
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,6 +65,9 @@ def check_pretrain(words: list[str]) -> None:
         names = command.words.split()
         if words[: len(names)] == names:
             overrides = words[len(names) :]
+            if not command.primary:
+                check_harness(overrides)
+                return
             if command.words == "adopt":
                 overrides = complete(overrides)
             # what names a run by a swept value is not among the words
@@ -82,6 +87,17 @@ def check_python(words: list[str]) -> None:
         paths = [word for word in words[2:] if word.endswith(".py")]
         assert paths
         assert all((ROOT / path).is_file() for path in paths)
+
+
+def check_harness(words: list[str]) -> None:
+    model = words[words.index("--model") + 1]
+    given = dict(pair.split("=") for pair in words[words.index("--model_args") + 1].split(","))
+    if model == "hf":
+        # lm-evaluation-harness's own, on a folder that `pretrain export` wrote
+        assert set(given) == {"pretrained", "trust_remote_code"}
+        return
+    assert model == harness_run.NAME
+    model_options({name: int(value) if value.isdigit() else value for name, value in given.items()})
 
 
 def check(words: list[str]) -> None:
@@ -149,6 +165,7 @@ def test_tree_of_the_readme_is_the_tree() -> None:
         ".git",
         ".venv",
         ".venv-transformers-4",
+        ".venv-harness",
         "out",
         ".pytest_cache",
         ".mypy_cache",

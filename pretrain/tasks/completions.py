@@ -1,4 +1,4 @@
-"""What the model writes, greedily, at one depth: a batch of prompts at a time."""
+"""What the model writes at one depth: a batch of prompts at a time."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,7 +6,6 @@ from typing import NamedTuple
 from pretrain.loop.validation import STATE_SEED
 from pretrain.model.decoding import Decoding, Exit
 from pretrain.model.generation import generate_rows
-from pretrain.tasks.config import EvaluateOptions
 from pretrain.tasks.likelihood import Subject
 from pretrain.tasks.prompts import Prompt, cut
 from pretrain.tasks.sharing import Batch, batches_by_length, share
@@ -25,38 +24,59 @@ class Completion(NamedTuple):
     """Whether the prompt's beginning did not fit into the context."""
 
 
-def decoding(subject: Subject, options: EvaluateOptions, depth: int) -> Decoding:
-    """How texts are written at a depth. Raises ConfigError if the exit rule leaves no choice."""
+def decoding(
+    subject: Subject,
+    depth: int,
+    *,
+    max_new_tokens: int,
+    exit: Exit = Exit.none,
+    exit_threshold: float | None = None,
+) -> Decoding:
+    """How texts are written, greedily, at a depth.
+
+    Raises ConfigError if the exit rule leaves no choice.
+    """
     return Decoding(
         num_steps=depth,
         # a prompt keeps at least half of the context
-        max_new_tokens=min(options.max_new_tokens, max(subject.context // 2, 1)),
+        max_new_tokens=min(max_new_tokens, max(subject.context // 2, 1)),
         # a single iteration has nothing to exit from
-        exit=options.exit if depth > 1 else Exit.none,
-        exit_threshold=options.exit_threshold if depth > 1 else None,
+        exit=exit if depth > 1 else Exit.none,
+        exit_threshold=exit_threshold if depth > 1 else None,
         seed=STATE_SEED,
         stop_ids=subject.tokenizer.special.stops(),
     )
 
 
 def complete(
-    subject: Subject, prompts: Sequence[Prompt], options: EvaluateOptions, depth: int, name: str
+    subject: Subject,
+    prompts: Sequence[Prompt],
+    how: Decoding,
+    *,
+    side_by_side: int,
+    name: str,
+    numbers: Sequence[int] | None = None,
 ) -> list[Completion]:
-    """What follows each prompt at this depth; all start from the same states, as in `nats_of`."""
-    how = decoding(subject, options, depth)
+    """What follows each prompt, so many of them side by side.
+
+    All start from the same states, as in `nats_of`, unless `numbers` key states and draws of each.
+    """
     texts = subject.tokenizer.encode_batch([prompt.text for prompt in prompts])
     begin, room = subject.tokenizer.special.begin_text, subject.context - how.max_new_tokens - 1
     ids = [[begin, *(text[-room:] if room else [])] for text in texts]
     batches = batches_by_length(
         [len(prompt) for prompt in ids],
-        most_tokens=subject.context * options.generate_rows,
-        most_rows=options.generate_rows,
+        most_tokens=subject.context * side_by_side,
+        most_rows=side_by_side,
     )
 
     def work(batch: Batch) -> list[Completion]:
         written = [_Written(subject, prompts[index]) for index in batch]
         steps = generate_rows(
-            subject.model, [ids[index] for index in batch], how, numbers=[0] * len(batch)
+            subject.model,
+            [ids[index] for index in batch],
+            how,
+            numbers=[0 if numbers is None else numbers[index] for index in batch],
         )
         for chosen in steps:
             for row, token in zip(written, chosen, strict=True):
@@ -93,7 +113,9 @@ class _Written:
         self._ids.append(token)
         self._steps += steps
         self._text = self._tokenizer.decode(self._ids)
-        if (before := cut(self._text, self._prompt.ends)) is not None:
+        prompt = self._prompt
+        before = cut(self._text, prompt.ends, counts_blank=prompt.counts_blank)
+        if before is not None:
             self._text, self.is_done = before, True
 
     def completion(self) -> Completion:

@@ -4,7 +4,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,8 +12,10 @@ from torch import Tensor
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.engine.world import World
 from pretrain.loop.validation import STATE_SEED
+from pretrain.model.config import CHUNK_TOKENS
+from pretrain.model.depth import Depth
 from pretrain.model.initial_state import initial_states
-from pretrain.model.loss import IGNORED
+from pretrain.model.loss import IGNORED, weighted_sum
 from pretrain.model.recurrent import RecurrentModel
 from pretrain.tasks.prompts import Continuation
 from pretrain.tasks.sharing import Batch, batches_by_length, share
@@ -23,6 +25,8 @@ from pretrain.tasks.sharing import Batch, batches_by_length, share
 _MULTIPLE = 64
 _MOST_ROWS = 512
 
+Found = TypeVar("Found")
+
 
 class Row(NamedTuple):
     """Tokens of one forward pass; the nats of the last `scored` of them are asked for."""
@@ -31,6 +35,15 @@ class Row(NamedTuple):
     scored: int
     is_cut: bool = False
     """Whether its beginning did not fit into the context."""
+
+
+class _Padded(NamedTuple):
+    """Rows side by side, on the subject's device."""
+
+    tokens_BT: Tensor
+    labels_BT: Tensor
+    documents_BT: Tensor
+    state_BTD: Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,36 +96,33 @@ def nats_of(subject: Subject, rows: Sequence[Row], name: str) -> list[tuple[floa
 
     So a row's nats depend on nothing but itself, up to the rounding of products of another shape.
     """
-
-    def measure(tokens_BT: Tensor, **given: Tensor) -> Tensor:
-        nats_NB, _ = subject.model.losses_at(tokens_BT, subject.depths, **given)
-        return nats_NB
-
-    return _of_rows(subject, rows, name, measure)
+    return _in_batches(subject, rows, name, _nats)
 
 
 def hits_of(subject: Subject, rows: Sequence[Row], name: str) -> list[tuple[int, ...]]:
     """How many of the tokens that each row scores are the likeliest, at each depth."""
-
-    def measure(tokens_BT: Tensor, **given: Tensor) -> Tensor:
-        return subject.model.hits_at(tokens_BT, subject.depths, **given)
-
-    return [tuple(map(int, hits)) for hits in _of_rows(subject, rows, name, measure)]
+    return _in_batches(subject, rows, name, _hits)
 
 
-def _of_rows(
-    subject: Subject, rows: Sequence[Row], name: str, measure: Callable[..., Tensor]
-) -> list[tuple[float, ...]]:
-    """What `measure` finds of each row, at each depth, from batches of similar length."""
-    lengths = [_padded(len(row.ids) - 1, subject.context) for row in rows]
+def greedy_nats_of(subject: Subject, rows: Sequence[Row], name: str) -> list[tuple[float, bool]]:
+    """As `nats_of` for a subject of one depth, and whether greedy decoding would write the same."""
+    return _in_batches(subject, rows, name, _greedy_nats)
+
+
+def _in_batches(
+    subject: Subject,
+    rows: Sequence[Row],
+    name: str,
+    work: Callable[[Subject, _Padded], Sequence[Found]],
+) -> list[Found]:
+    lengths = [_padded_length(len(row.ids) - 1, subject.context) for row in rows]
     batches = batches_by_length(lengths, most_tokens=subject.batch_tokens, most_rows=_MOST_ROWS)
     state_1TD = one_state(subject)
 
-    def work(batch: Batch) -> list[tuple[float, ...]]:
-        chosen, length = [rows[index] for index in batch], lengths[batch[0]]
-        return _pass(subject, chosen, length, state_1TD, measure)
+    def run(batch: Batch) -> Sequence[Found]:
+        return work(subject, _pad(subject, [rows[index] for index in batch], state_1TD))
 
-    return share(subject.world, name, batches, work)
+    return share(subject.world, name, batches, run)
 
 
 def one_state(subject: Subject) -> Tensor:
@@ -128,14 +138,9 @@ def one_state(subject: Subject) -> Tensor:
     )
 
 
-def _pass(
-    subject: Subject,
-    rows: Sequence[Row],
-    length: int,
-    state_1TD: Tensor,
-    measure: Callable[..., Tensor],
-) -> list[tuple[float, ...]]:
+def _pad(subject: Subject, rows: Sequence[Row], state_1TD: Tensor) -> _Padded:
     """Padding stands behind the text, where no token of it looks, and is a document of its own."""
+    length = _padded_length(max(len(row.ids) for row in rows) - 1, subject.context)
     tokens_BT = torch.full((len(rows), length), subject.tokenizer.special.pad)
     labels_BT = torch.full((len(rows), length), IGNORED)
     documents_BT = torch.full((len(rows), length), -1)
@@ -145,14 +150,59 @@ def _pass(
         labels_BT[at, read - row.scored : read] = ids[len(ids) - row.scored :]
         documents_BT[at, :read] = 0
     device = subject.world.device
-    found_NB = measure(
+    return _Padded(
         tokens_BT.to(device),
-        initial_state=state_1TD[:, :length].expand(len(rows), -1, -1),
-        labels=labels_BT.to(device),
-        documents=documents_BT.to(device),
+        labels_BT.to(device),
+        documents_BT.to(device),
+        state_1TD[:, :length].expand(len(rows), -1, -1),
     )
-    return [tuple(found_N) for found_N in found_NB.T.double().tolist()]
 
 
-def _padded(length: int, context: int) -> int:
-    return min(-(-length // _MULTIPLE) * _MULTIPLE, context)
+def _nats(subject: Subject, rows: _Padded) -> list[tuple[float, ...]]:
+    nats_NB, _ = subject.model.losses_at(
+        rows.tokens_BT,
+        subject.depths,
+        initial_state=rows.state_BTD,
+        labels=rows.labels_BT,
+        documents=rows.documents_BT,
+    )
+    return [tuple(nats_N) for nats_N in nats_NB.T.double().tolist()]
+
+
+def _hits(subject: Subject, rows: _Padded) -> list[tuple[int, ...]]:
+    hits_NB = subject.model.hits_at(
+        rows.tokens_BT,
+        subject.depths,
+        initial_state=rows.state_BTD,
+        labels=rows.labels_BT,
+        documents=rows.documents_BT,
+    )
+    return [tuple(map(int, hits_N)) for hits_N in hits_NB.T.tolist()]
+
+
+@torch.no_grad()
+def _greedy_nats(subject: Subject, rows: _Padded) -> list[tuple[float, bool]]:
+    (depth,) = subject.depths
+    hidden_BTD = subject.model(
+        rows.tokens_BT,
+        [Depth(depth, 0)] * len(rows.tokens_BT),
+        initial_state=rows.state_BTD,
+        documents=rows.documents_BT,
+        keep_logits=False,
+    ).hidden
+    embedding, is_scored_BT = subject.model.embedding, rows.labels_BT != IGNORED
+    nats_BT = embedding(None, hidden_BTD, rows.labels_BT)
+    nats_B, _ = weighted_sum(nats_BT, rows.labels_BT, None, dim=1)
+    # all logits of a batch may be far more than its hidden vectors
+    likeliest = [
+        embedding(None, chunk_ND).argmax(-1)
+        for chunk_ND in hidden_BTD[is_scored_BT].split(CHUNK_TOKENS)
+    ]
+    is_missed_BT = torch.zeros_like(is_scored_BT)
+    is_missed_BT[is_scored_BT] = torch.cat(likeliest) != rows.labels_BT[is_scored_BT]
+    is_greedy_B = ~is_missed_BT.any(1)
+    return list(zip(nats_B.double().tolist(), is_greedy_B.tolist(), strict=True))
+
+
+def _padded_length(length: int, context: int) -> int:
+    return min(-(-max(length, 1) // _MULTIPLE) * _MULTIPLE, context)

@@ -6,7 +6,7 @@ from typing import Any, cast
 from pretrain.errors import ConfigError
 from pretrain.model.decoding import Exit
 from pretrain.tasks.answers import find_answer, is_same
-from pretrain.tasks.completions import Completion, complete
+from pretrain.tasks.completions import Completion, complete, decoding
 from pretrain.tasks.config import EvaluateOptions
 from pretrain.tasks.likelihood import (
     Row,
@@ -17,6 +17,7 @@ from pretrain.tasks.likelihood import (
     text_rows,
 )
 from pretrain.tasks.prompts import (
+    Prompt,
     continuations,
     exact_continuation,
     is_equation,
@@ -171,7 +172,7 @@ def _answers(
         {"id": i.id, "answer": i.answer, "found": [], "is_right": []} for i in items
     ]
     for depth in subject.depths:
-        written = complete(subject, prompts, options, depth, f"{task.name} r={depth}")
+        written = _write(subject, prompts, options, depth, f"{task.name} r={depth}")
         for item, record, completion in zip(items, records, written, strict=True):
             found = find_answer(completion.text, item.answer, at_once=is_equation(item))
             record["found"].append(found)
@@ -188,7 +189,7 @@ def _programs(
     records: list[dict[str, Any]] = [{"id": i.id, "is_passed": [], "why": []} for i in items]
     for depth in subject.depths:
         name = f"{task.name} r={depth}"
-        written = complete(subject, prompts, options, depth, name)
+        written = _write(subject, prompts, options, depth, name)
         programs = [program_text(i, c.text) for i, c in zip(items, written, strict=True)]
 
         def judge(batch: list[int], programs: list[str] = programs) -> list[Verdict]:
@@ -200,6 +201,19 @@ def _programs(
             record["why"].append(verdict.why)
             _note(record, completion)
     return {"passed": _share_of(records, "is_passed", subject)}, records
+
+
+def _write(
+    subject: Subject, prompts: Sequence[Prompt], options: EvaluateOptions, depth: int, name: str
+) -> list[Completion]:
+    how = decoding(
+        subject,
+        depth,
+        max_new_tokens=options.max_new_tokens,
+        exit=options.exit,
+        exit_threshold=options.exit_threshold,
+    )
+    return complete(subject, prompts, how, side_by_side=options.generate_rows, name=name)
 
 
 def _note(record: dict[str, Any], completion: Completion) -> None:

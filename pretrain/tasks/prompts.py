@@ -28,6 +28,8 @@ class Prompt(NamedTuple):
 
     text: str
     ends: tuple[str, ...]
+    counts_blank: bool = False
+    """Whether an end counts that comes before the first word too."""
 
 
 def continuations(item: Choice) -> list[Continuation]:
@@ -94,10 +96,15 @@ def _has_begun(item: Program) -> bool:
     return f"def {item.entry_point}(" in item.prompt
 
 
-def cut(text: str, ends: tuple[str, ...]) -> str | None:
-    """What stands before the first of the ends, blank beginnings aside; None if there is none."""
-    blank = len(text) - len(text.lstrip())
-    # the newline that precedes the text's first word may begin an end
-    start = max(blank - 1, 0) if any(end.strip() for end in ends) else blank
+def cut(text: str, ends: tuple[str, ...], *, counts_blank: bool = False) -> str | None:
+    """What stands before the first of the ends; None if there is none.
+
+    A blank beginning has none, unless it counts: a model may go to a new line before it answers.
+    """
+    start = 0
+    if not counts_blank:
+        blank = len(text) - len(text.lstrip())
+        # the newline that precedes the text's first word may begin an end
+        start = max(blank - 1, 0) if any(end.strip() for end in ends) else blank
     found = [at for end in ends if (at := text.find(end, start)) >= 0]
     return text[: min(found)] if found else None
