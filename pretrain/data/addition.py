@@ -55,13 +55,11 @@ def _draw_sum(draw: Draw, lengths: tuple[int, int], order: DigitOrder) -> str:
 
 def _fill_to_nines(draw: Draw, a: int, b: int) -> int:
     """b, of whose places below the highest three in four are what a lacks to 9."""
-    highest, *places = str(b)
-    of_a = str(a % 10 ** len(places)).zfill(len(places)) if places else ""
-    filled = [
-        str(9 - int(digit)) if draw.integer(0, 3) else place
-        for digit, place in zip(of_a, places, strict=True)
-    ]
-    return int("".join((highest, *filled)))
+    for place in range(len(str(b)) - 1):
+        unit = 10**place
+        if draw.integer(0, 3):
+            b += (9 - a // unit % 10 - b // unit % 10) * unit
+    return b
 
 
 def write_sum(a: int, b: int, order: DigitOrder) -> str:
