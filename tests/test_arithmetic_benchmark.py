@@ -59,7 +59,7 @@ def test_a_table_has_a_row_for_every_cell_and_can_be_drawn(
         "run": "one", "length": "3", "depth": "4", "accuracy": "0.9", "tokens": "70",
     }  # fmt: skip
     paths = benchmark.plot(tmp_path / "rows.csv", tmp_path / "images")
-    assert [path.name for path in paths] == ["arithmetic-depth.png", "arithmetic-map.png"]
+    assert [path.name for path in paths] == ["rows-depth.png", "rows-map.png"]
     assert all(path.stat().st_size > 10_000 for path in paths)
 
 
@@ -95,4 +95,4 @@ def test_a_failure_has_the_last_words_of_who_failed(benchmark: ModuleType, tmp_p
     assert done.returncode == 1
     assert "data tokenizer failed" in done.stderr
     assert "it needs data.max_digits of 1 or more, not 0" in done.stderr
-    assert not list((tmp_path / "out/runs").iterdir())
+    assert not list((tmp_path / "out/lowest/runs").iterdir())

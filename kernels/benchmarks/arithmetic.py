@@ -10,6 +10,10 @@ affords, over which the rate falls. Then every run is asked `items` sums of two 
 length up to `longest`, at all depths in one pass; an answer is right if greedy text would be it, to
 its end. Rows go to results/arithmetic.csv, pictures to docs/images (arithmetic_plots.py).
 
+With `order=highest` numbers are written from their highest digit on, so that all carries must be
+known before the first digit of the sum (pretrain/data/addition.py); rows then go to
+results/arithmetic-highest.csv.
+
     python kernels/benchmarks/arithmetic.py seconds=1800 digits=2 longest=3 items=100 threads=1 \
         into=out/arithmetic model.width=64 model.heads=4 model.inner=128 model.context=64 \
         model.digit_positions=5 depth.mean=3 depth.backprop=3 batch.global_tokens=2048 \
@@ -36,10 +40,12 @@ import torch
 from arithmetic_plots import IMAGES, plot
 from pretrain.compose import thaw
 from pretrain.data.addition import items as make_items
+from pretrain.data.config import DigitOrder
 from pretrain.errors import EXIT_FINISHED, EXIT_SAVED_ON_SIGNAL
 from reliability import steps as steps_of
 from step import RESULTS
 
+TABLES = {"lowest": "arithmetic.csv", "highest": "arithmetic-highest.csv"}
 DEPTHS = (1, 2, 4, 8, 16, 32, 64)
 PLACES, NONE = "recurrent, places", "recurrent, no places"
 RUNS: dict[tuple[str, int], list[str]] = {
@@ -49,7 +55,7 @@ RUNS: dict[tuple[str, int], list[str]] = {
     ("depth 1, places", 0): ["depth=fixed", "depth.mean=1", "depth.backprop=1"],
 }
 COLUMNS = (
-    "run", "seed", "length", "depth", "accuracy", "n", "standard_error", "token_accuracy",
+    "order", "run", "seed", "length", "depth", "accuracy", "n", "standard_error", "token_accuracy",
     "trained_digits", "steps", "tokens", "loss_nats", "device", "commit",
 )  # fmt: skip
 # Of all seconds: until the runs are told to stop, and until the resumed ones should have ended.
@@ -71,10 +77,12 @@ class Options:
     """Operand that is asked for."""
     items: int = 300
     """Sums of each length."""
+    order: str = "lowest"
+    """From which end numbers are written: lowest, or highest, where all carries come first."""
     threads: int = 4
     """Of each process on the CPU."""
     out: str = "out/arithmetic"
-    """Where tokenizer, shards, tasks and runs are made; runs that are there are resumed."""
+    """Where tokenizer, shards, tasks and runs are made, in a folder for each order."""
     into: str = ""
     """Where rows and pictures go, in place of the repository's folders."""
 
@@ -142,10 +150,11 @@ def main() -> None:
     """Text, training, questions, rows and pictures."""
     started = time.monotonic()
     options, words = Options.read(sys.argv[1:])
-    out = Path(options.out)
+    out = Path(options.out) / options.order
     (out / "runs").mkdir(parents=True, exist_ok=True)
     words = [
         "experiment=addition", "logging=quiet", f"data.max_digits={options.digits}",
+        f"data.digit_order={options.order}",
         f"data.shards={out}/shards", f"tokenizer.path={out}/tokenizer",
         "validation.every_steps=1000000", "checkpoint.every_steps=1000000",
         "checkpoint.keep_last=1", *words,
@@ -168,7 +177,7 @@ def main() -> None:
             run.end()
     evaluate(runs, tasks, options)
     print(f"{time.monotonic() - started:.0f} s: asked", flush=True)
-    table = Path(options.into or RESULTS) / "arithmetic.csv"
+    table = Path(options.into or RESULTS) / TABLES[options.order]
     write_rows(table, runs, options)
     for picture in plot(table, Path(options.into) if options.into else IMAGES):
         print(picture, flush=True)
@@ -194,7 +203,8 @@ def write_tasks(folder: Path, options: Options) -> list[Path]:
     folder.mkdir(exist_ok=True)
     paths = []
     for length in range(1, options.longest + 1):
-        found = make_items(length, min(options.items, 81 if length == 1 else options.items), seed=0)
+        count = min(options.items, 81 if length == 1 else options.items)
+        found = make_items(length, count, seed=0, order=DigitOrder(options.order))
         paths.append(folder / f"length-{length:02}.jsonl")
         paths[-1].write_text("".join(json.dumps(record) + "\n" for record in found))
     return paths
@@ -281,9 +291,10 @@ def write_rows(path: Path, runs: list[Run], options: Options) -> None:
     for run in runs:
         last, record = max(steps_of(run.folder).items())
         about = {
-            "run": run.name, "seed": run.seed, "trained_digits": options.digits, "steps": last,
-            "tokens": record["tokens"], "loss_nats": round(record["loss/nats"], 5),
-            "device": device(), "commit": os.environ.get("PRETRAIN_COMMIT", "unknown"),
+            "order": options.order, "run": run.name, "seed": run.seed,
+            "trained_digits": options.digits, "steps": last, "tokens": record["tokens"],
+            "loss_nats": round(record["loss/nats"], 5), "device": device(),
+            "commit": os.environ.get("PRETRAIN_COMMIT", "unknown"),
         }  # fmt: skip
         for file in sorted((run.folder / f"evaluation/step-{last:010d}").glob("length-*.json")):
             found = json.loads(file.read_text())

@@ -2,8 +2,8 @@
 
     python kernels/benchmarks/arithmetic_plots.py [table=FILE] [into=FOLDER]
 
-arithmetic-depth.png   accuracy against depth for some lengths, one panel a run
-arithmetic-map.png     accuracy over length and depth, one panel a run
+arithmetic-depth.png  accuracy against depth for some lengths, one panel a run
+arithmetic-map.png    accuracy over length and depth, one panel a run
 """
 
 import csv
@@ -44,11 +44,14 @@ def plot(table: Path, into: Path) -> list[Path]:
         name = f"{row['run']}, seed {row['seed']}"
         runs[name][int(row["length"])][int(row["depth"])] = cell
     trained, items = int(rows[0]["trained_digits"]), max(int(row["n"]) for row in rows)
-    about = f"trained on operands of up to {trained} digits; {items} sums of each length"
+    about = (
+        f"{rows[0]['order']} digit first, trained on operands of up to {trained} digits; "
+        f"{items} sums of each length"
+    )
     into.mkdir(parents=True, exist_ok=True)
     return [
-        _plot_depths(runs, trained, about, into / "arithmetic-depth.png"),
-        _plot_map(runs, trained, about, into / "arithmetic-map.png"),
+        _plot_depths(runs, trained, about, into / f"{table.stem}-depth.png"),
+        _plot_map(runs, trained, about, into / f"{table.stem}-map.png"),
     ]
 
 

@@ -1,16 +1,18 @@
-"""Sums to learn and to be asked: `a+b=c`, one a line, every number written from its lowest digit.
+"""Sums to learn and to be asked: `a+b=c`, one a line.
 
-So 47 + 5 = 52 is the line 74+5=25. Written that way a sum can be worked out as it is written, digit
-by digit with the carry (arXiv 2307.03381), and the place of a digit counts from the same end in all
-three numbers. Each operand's length is drawn by itself. Text and items are pure functions of their
-seeds.
+Order `lowest`: every number is written from its lowest digit on, 47 + 5 = 52 as 74+5=25. Such a sum
+can be worked out as it is written, digit by digit with the carry (arXiv 2307.03381), so it asks for
+little thought. Order `highest`: numbers are written as usual, all as wide as the sum may be, 47 + 5
+as 047+005=052. Its first digit already hangs on every carry; in half of these sums most places add
+up to 9, so that carries run far. In both orders a place counts from the same end in all three
+numbers. Text and items are pure functions of their seeds.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
 from pretrain.data.arithmetic import Draw
-from pretrain.data.config import DataConfig
+from pretrain.data.config import DataConfig, DigitOrder
 from pretrain.data.documents import Document, Part, number_parts
 from pretrain.errors import DataError
 
@@ -34,19 +36,38 @@ def find_parts(config: DataConfig) -> dict[str, list[Part]]:
 
 
 def read_documents(part: Part, config: DataConfig) -> Iterator[Document]:
-    """Sums without end, each a document of one line."""
+    """Sums without end, each a document of one line; each operand's length is drawn by itself."""
     assert config.max_digits is not None, "checked by DataConfig"
-    draw, number = Draw(f"{SOURCE}/{config.max_digits}/{part.path}"), 0
+    order, number = config.digit_order, 0
+    draw = Draw(f"{SOURCE}/{order.value}/{config.max_digits}/{part.path}")
     while True:
-        a, b = (_number(draw, draw.integer(1, config.max_digits)) for _ in range(2))
-        text = write_sum(a, b)
-        yield Document(f"{SOURCE}/{part.path}#{number}", text)
+        lengths = (draw.integer(1, config.max_digits), draw.integer(1, config.max_digits))
+        yield Document(f"{SOURCE}/{part.path}#{number}", _draw_sum(draw, lengths, order))
         number += 1
 
 
-def write_sum(a: int, b: int) -> str:
+def _draw_sum(draw: Draw, lengths: tuple[int, int], order: DigitOrder) -> str:
+    a, b = (_number(draw, digits) for digits in lengths)
+    if order is DigitOrder.highest and draw.integer(0, 1):
+        b = _fill_to_nines(draw, a, b)
+    return write_sum(a, b, order)
+
+
+def _fill_to_nines(draw: Draw, a: int, b: int) -> int:
+    """b, of whose places below the highest three in four are what a lacks to 9."""
+    for place in range(len(str(b)) - 1):
+        unit = 10**place
+        if draw.integer(0, 3):
+            b += (9 - a // unit % 10 - b // unit % 10) * unit
+    return b
+
+
+def write_sum(a: int, b: int, order: DigitOrder) -> str:
     """The line of a sum."""
-    return f"{reverse(a)}+{reverse(b)}={reverse(a + b)}\n"
+    if order is DigitOrder.lowest:
+        return f"{reverse(a)}+{reverse(b)}={reverse(a + b)}\n"
+    width = max(len(str(a)), len(str(b))) + 1
+    return f"{a:0{width}}+{b:0{width}}={a + b:0{width}}\n"
 
 
 def reverse(number: int) -> str:
@@ -62,7 +83,9 @@ def _number(draw: Draw, digits: int) -> int:
     return number
 
 
-def items(digits: int, count: int, *, seed: int) -> list[dict[str, Any]]:
+def items(
+    digits: int, count: int, *, seed: int, order: DigitOrder = DigitOrder.lowest
+) -> list[dict[str, Any]]:
     """Records of a task file of kind `exact`: different sums of two numbers of so many digits.
 
     Their draws are not those of any training text; of up to two digits there are so few sums that
@@ -70,9 +93,9 @@ def items(digits: int, count: int, *, seed: int) -> list[dict[str, Any]]:
     """
     if count > (there := (9 * 10 ** (digits - 1)) ** 2):
         raise DataError(f"There are {there} sums of two numbers of {digits} digits, not {count}.")
-    draw, found = Draw(f"{SOURCE}/items/{seed}/{digits}"), dict[str, str]()
+    draw, found = Draw(f"{SOURCE}/items/{order.value}/{seed}/{digits}"), dict[str, str]()
     while len(found) < count:
-        question, answer = write_sum(_number(draw, digits), _number(draw, digits)).split("=")
+        question, answer = _draw_sum(draw, (digits, digits), order).split("=")
         found[f"{question}="] = answer
     return [
         {

@@ -15,6 +15,13 @@ class Corpus(Enum):
     addition = "addition"
 
 
+class DigitOrder(Enum):
+    """From which end the numbers of generated sums are written."""
+
+    lowest = "lowest"
+    highest = "highest"
+
+
 @dataclass(kw_only=True, slots=True)
 class SourceConfig:
     """One source of documents and its share of training."""
@@ -81,7 +88,7 @@ class DataConfig:
     """Names the corpus; part of default paths."""
     corpus: Corpus
     """embedded: text that ships with Python and its packages; files: a folder or URL; addition:
-    generated sums, each number written from its lowest digit."""
+    generated sums."""
     root: str | None = None
     """Folder or fsspec URL that source globs are relative to (corpus: files)."""
     text_key: str = "text"
@@ -100,6 +107,8 @@ class DataConfig:
     """Stop reading a source after this many bytes of text; null: read all."""
     max_digits: int | None = None
     """Digits of the longest operand (corpus: addition); each length from 1 on is as likely."""
+    digit_order: DigitOrder = DigitOrder.lowest
+    """lowest: sums can be worked out as they are written; highest: all carries come first."""
     rows_per_member: int = 64
     """K, packed rows in one tar member."""
     members_per_shard: int = 128
@@ -181,10 +190,14 @@ class DataConfig:
 
     def _check_addition(self) -> None:
         if self.corpus is not Corpus.addition:
-            if self.max_digits is not None:
+            idle = {
+                f"max_digits={self.max_digits}": self.max_digits is not None,
+                f"digit_order={self.digit_order.value}": self.digit_order is DigitOrder.highest,
+            }
+            if given := [name for name, is_given in idle.items() if is_given]:
                 raise ConfigError(
-                    f"data.max_digits={self.max_digits} would do nothing with "
-                    f"data.corpus={self.corpus.value}; choose data=addition, or set it to null."
+                    f"data.{given[0]} would do nothing with data.corpus={self.corpus.value}; "
+                    "choose data=addition, or leave it out."
                 )
         elif self.max_digits is None or self.max_digits < 1 or self.max_bytes is None:
             raise ConfigError(

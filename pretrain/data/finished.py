@@ -35,6 +35,7 @@ def build_settings(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     settings["data.corpus"] = config.corpus.value
     if config.max_digits is not None:
         settings["data.max_digits"] = config.max_digits
+        settings["data.digit_order"] = config.digit_order.value
     settings["tokenizer.sha256"] = tokenizer.sha256
     if config.valid_paths:
         # left out if empty: shards that were built before it existed have the same settings

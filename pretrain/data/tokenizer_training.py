@@ -127,6 +127,7 @@ def training_settings(config: TokenizerConfig, data: DataConfig) -> dict[str, An
         settings["data.valid_paths"] = list(data.valid_paths)
     if data.max_digits is not None:
         settings["data.max_digits"] = data.max_digits
+        settings["data.digit_order"] = data.digit_order.value
     for name, source in data.sources.items():
         settings[f"data.sources.{name}.paths"] = list(source.paths)
         settings[f"data.sources.{name}.weight"] = source.weight

@@ -1,14 +1,16 @@
 """Generated sums are true, of every length, and held-out ones are what they are said to be."""
 
 import itertools
+import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from pretrain.data.addition import items, read_documents, reverse
-from pretrain.data.config import Corpus, DataConfig, TokenizerConfig
+from pretrain.data.config import Corpus, DataConfig, DigitOrder, TokenizerConfig
 from pretrain.data.digits import digit_ids
+from pretrain.data.finished import build_settings
 from pretrain.data.sources import find_parts
 from pretrain.data.sources import read_documents as read_part
 from pretrain.data.tokenizer import Tokenizer, describe, write_folder
@@ -75,6 +77,27 @@ def test_items_are_different_sums_of_the_length_asked_for() -> None:
         items(1, 82, seed=0)
 
 
+def test_sums_from_the_highest_digit_are_true_wide_and_full_of_carries() -> None:
+    config = data(digit_order=DigitOrder.highest, max_digits=12)
+    (part, *_) = find_parts(config)["addition"]
+    nines = places = 0
+    for document in itertools.islice(read_documents(part, config), 3000):
+        a, b, c = (text.removesuffix("\n") for text in re.split("[+=]", document.text))
+        assert int(a) + int(b) == int(c)
+        assert len(a) == len(b) == len(c) == max(len(str(int(a))), len(str(int(b)))) + 1
+        common = min(len(str(int(a))), len(str(int(b)))) - 1
+        pairs = [int(x) + int(y) for x, y in zip(a[::-1], b[::-1], strict=True)][:common]
+        nines, places = nines + pairs.count(9), places + common
+    # half of the sums: 1/10 of the places; the others: 3/4 + 1/4 of 1/10. Some 10,000 places, but
+    # a sum's are alike: at most 12 together, so a standard deviation below 0.01
+    assert abs(nines / places - (0.1 + 0.775) / 2) < 0.05
+    for record in items(15, 50, seed=0, order=DigitOrder.highest):
+        a, b, c = re.split("[+=]", record["question"] + record["answer"])
+        assert int(a) + int(b) == int(c)
+        # b's highest digit is its own, so its length is what was asked for
+        assert len(str(int(a))) == len(str(int(b))) == 15
+
+
 def test_digits_are_written_from_the_lowest_on() -> None:
     assert reverse(1200) == "0021"
 
@@ -94,6 +117,11 @@ def test_what_a_corpus_of_sums_needs(changes: dict[str, object], message: str) -
 
 
 def test_other_corpora_have_no_longest_operand() -> None:
+    with pytest.raises(ConfigError, match=r"digit_order=highest would do nothing with .*files"):
+        DataConfig(
+            name="f", corpus=Corpus.files, root="x", shards="none", context=64,
+            digit_order=DigitOrder.highest,
+        )  # fmt: skip
     with pytest.raises(ConfigError, match=r"max_digits=3 would do nothing with .*embedded"):
         DataConfig(name="e", corpus=Corpus.embedded, shards="none", context=64, max_digits=3)
 
@@ -106,8 +134,10 @@ def test_a_tokenizer_of_sums_has_a_token_for_each_digit(tmp_path: Path) -> None:
     assert {tokenizer.decode([token]) for token in found} == set("0123456789")
     assert set(tokenizer.encode("90125")) <= set(found)
     assert not set(tokenizer.encode("+=\n")) & set(found)
-    other = training_settings(config, data(max_digits=3))
-    assert training_settings(config, data()) != other
+    own = training_settings(config, data())
+    for changes in ({"max_digits": 3}, {"digit_order": DigitOrder.highest}):
+        assert training_settings(config, data(**changes)) != own
+        assert build_settings(data(**changes), tokenizer) != build_settings(data(), tokenizer)
     write_folder(
         tmp_path / "kept", {"tokenizer.model": model}, describe(tokenizer, "sentencepiece")
     )
