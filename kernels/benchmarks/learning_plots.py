@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from learning_results import RESULTS
-from learning_runs import GROUPS, SEEDS
+from learning_runs import DEEP_RATES, GROUPS, SEEDS
 from pretrain.loop.plots import smooth
 
 IMAGES = Path(__file__).parents[2] / "docs/images"
@@ -25,6 +25,7 @@ MAIN = {
     "recurrent": "recurrent",
     "fixed-equal-parameters": "fixed depth, equal parameters",
     "fixed-equal-flops": "fixed depth, equal training FLOPs",
+    **{f"fixed-equal-flops-{rate}": f"the same, rate {rate}" for rate in DEEP_RATES},
 }
 LAWS = {
     "rows-dealt": "rows, dealt",
@@ -123,23 +124,28 @@ def skip_tenth(tables: dict[str, list[Row]], run: str) -> list[Row]:
 
 
 def plot_depths(tables: dict[str, list[Row]], images: Path) -> Path:
-    """Held-out loss against the depth at test time."""
+    """Held-out loss against the depth at test time; of equal FLOPs the best rate."""
     figure, axes = plt.subplots(figsize=(6.5, 4))
+    ends = {run: last(tables["learning-depths"], run) for run in MAIN}
+    ends = {run: found for run, found in ends.items() if found}
+    deep = [run for run in ends if run.startswith("fixed-equal-flops")]
+    best = min(deep, key=lambda run: ends[run][1], default="")
     ticks: set[int] = set()
-    for number, (run, name) in enumerate(MAIN.items()):
-        found = last(tables["learning-depths"], run)
-        if not found:
-            continue
+    for number, run in enumerate(run for run in ends if run not in deep or run == best):
+        found, summary = ends[run], of(tables["learning"], run)[0]
         ticks |= found.keys()
-        axes.plot(list(found), list(found.values()), marker="o", color=f"C{number}", label=name)
+        tokens = max(float(row["tokens"]) for row in of(tables["learning-depths"], run)) / 1e6
+        at = f", rate {float(summary['learning_rate']):.0e}" if run == best else ""
+        name = MAIN["fixed-equal-flops"] + at if run == best else MAIN[run]
+        axes.plot(list(found), list(found.values()), marker="o", color=f"C{number}",
+                  label=f"{name}, {tokens:.1f} M tokens")  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(ticks), [str(depth) for depth in sorted(ticks)])
-    # who was trained at depth 1 is lost behind it; the picture is of the others
-    shown = list(last(tables["learning-depths"], "recurrent").values())
-    shown += [last(tables["learning-depths"], run).get(1, shown[0]) for run in MAIN if shown]
-    if shown:
-        margin = 0.1 * (max(shown) - min(shown)) + 0.01
-        axes.set_ylim(min(shown) - margin, max(shown) + 2 * margin)
+    # who was trained at depth 1 may be lost behind it; the picture is of the others
+    shown = list(ends.get("recurrent", {}).values())
+    shown += [ends[run][1] for run in ends if run not in deep or run == best]
+    margin = 0.1 * (max(shown) - min(shown)) + 0.01
+    axes.set_ylim(min(shown) - margin, max(shown) + 4 * margin)
     axes.set(xlabel="iterations of the core at test time", ylabel="held-out nats per token")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
