@@ -347,8 +347,9 @@ def engine_runs() -> list[tuple[dict[str, str], float]]:
 def engine_table() -> str:
     """Whole steps of the fused path through the engine, whose passes alone were fitted."""
     lines = [
-        "| GPUs | stage | one depth per | micro-steps | update | steps | tokens/s of a GPU: measured "
-        "| predicted | error of the total time | outside of passes: measured | predicted |",
+        "| GPUs | stage | one depth per | micro-steps | update | steps | tokens/s of a GPU: "
+        "measured | predicted | error of the total time | outside of passes: measured "
+        "| predicted |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row, predicted_s in engine_runs():

@@ -22,7 +22,6 @@ from pretrain.model.cost import (
 )
 
 
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UpdateBytes:
     """Traffic for each parameter of what a step does besides its passes."""

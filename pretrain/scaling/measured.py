@@ -96,8 +96,8 @@ def fitted(config: TrainConfig, steps: Steps, moved: UpdateBytes | None = None) 
     """The configuration with the two utilizations that fit the steps of one GPU best.
 
     Least squares on seconds = iterations without gradient / rate + the rest / other rate; the
-    optimizer's time is taken from the model (`moved`: as in `compare`). Raises DataError if the steps were not one GPU's, or
-    too few or too alike to tell the two rates apart.
+    optimizer's time is taken from the model (`moved`: as in `compare`). Raises DataError if the
+    steps were not one GPU's, or too few or too alike to tell the two rates apart.
     """
     if config.cluster.ranks != 1:
         raise DataError(f"Rates are fitted to one GPU's steps, not {config.cluster.ranks} GPUs'.")
