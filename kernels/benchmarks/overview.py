@@ -2,12 +2,11 @@
 
     python kernels/benchmarks/overview.py
 
-Deals the depths of one step, reads results/2026-11-22-h200/huginn-100m.jsonl and results/step.csv,
-writes docs/images/overview.png.
+Deals the depths of one step, reads results/learning*.csv and results/step.csv, writes
+docs/images/overview.png.
 """
 
 import csv
-import json
 from pathlib import Path
 
 import matplotlib
@@ -16,12 +15,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from learning_plots import last, of, read
 from pretrain.model.config import DepthConfig, Law
 from pretrain.model.depth import step_depths
 
 HERE = Path(__file__).parent
 IMAGE = HERE.parents[1] / "docs/images/overview.png"
-CURVE = HERE / "results/2026-11-22-h200/huginn-100m.jsonl"
+RECURRENT, FIXED = "recurrent", "fixed-equal-parameters"
 STEPS = HERE / "results/step.csv"
 # path and precision of results/step.csv
 PATHS = {
@@ -65,30 +65,39 @@ def plot_depths(axes: Axes) -> None:
 
 
 def plot_curve(axes: Axes) -> None:
-    """Held-out loss of one model, iterated more or less often."""
-    records = [json.loads(line) for line in CURVE.read_text(encoding="utf-8").splitlines()]
-    last = [record for record in records if "validation/depths" in record][-1]
-    depths, losses = last["validation/depths"], last["validation/loss_nats"]
+    """Held-out loss of one model, iterated more or less often, and of one that never iterates."""
+    results = HERE / "results"
+    [summary] = of(read(results / "learning.csv"), RECURRENT)
+    table = read(results / "learning-depths.csv")
+    found, fixed = last(table, RECURRENT), last(table, FIXED)[1]
+    depths, losses = list(found), list(found.values())
     axes.plot(depths, losses, marker="o", color=DARK)
     for place in (0, 1, 3, len(depths) - 1):
         axes.annotate(
-            f"{losses[place]:.3f}", (depths[place], losses[place]),
+            f"{losses[place]:.2f}", (depths[place], losses[place]),
             xytext=(4, 6), textcoords="offset points", fontsize=8,
         )  # fmt: skip
-    said = f"112 M parameters\nafter {last['tokens'] / 1e6:.1f} M tokens"
+    axes.axhline(fixed, color=GREY)
+    axes.text(depths[-1], fixed, f"same layers, trained to run once: {fixed:.2f}",
+              fontsize=8, ha="right", va="bottom", color="grey")  # fmt: skip
+    size, tokens = int(summary["parameters"]) / 1e6, int(summary["tokens"]) / 1e6
+    said = f"{size:.0f} M parameters\nafter {tokens:.1f} M tokens"
     axes.text(0.55, 0.7, said, fontsize=9, transform=axes.transAxes)
     axes.set_xscale("log", base=2)
     axes.set_xticks(depths, [str(depth) for depth in depths])
     axes.set(
         title="the same weights, iterated longer",
         xlabel="iterations at test time", ylabel="held-out loss, nats a token",
-        ylim=(min(losses) - 0.03, max(losses) + 0.04),
+        ylim=(min(losses) - 0.05, max(losses) + 0.1),
     )  # fmt: skip
 
 
 def plot_speed(axes: Axes) -> None:
     """The newest measurement of each path: one row of 4,096 tokens, one H200."""
-    conditions = {"gpu": "NVIDIA H200", "zero": "0", "rows": "1", "no_grad": "24", "with_grad": "8"}
+    conditions = {
+        "preset": "huginn-3.5b", "gpu": "NVIDIA H200", "zero": "0", "rows": "1",
+        "no_grad": "24", "with_grad": "8",
+    }  # fmt: skip
     with STEPS.open(encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if conditions.items() <= row.items()]
     for place, (name, key) in enumerate(PATHS.items()):

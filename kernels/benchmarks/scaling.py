@@ -19,7 +19,7 @@ from pretrain.config import TrainConfig
 from pretrain.model.balance import Simulation, simulate
 from pretrain.model.config import DepthConfig, Sampling, Scope
 from pretrain.model.depth import step_totals
-from pretrain.scaling.compute import RowSeconds
+from pretrain.scaling.compute import DEEPSPEED, RowSeconds
 from pretrain.scaling.estimate import Estimate, estimate, step_seconds
 from pretrain.scaling.measured import (
     Comparison,
@@ -69,6 +69,8 @@ ON_TWO = {f"2026-11-25-2xh100/zero{stage}.jsonl": stage for stage in (1, 2, 3)}
 TIMED = range(2, 5)
 # of engine.py's runs, those before the timed ones
 WARM_STEPS = 2
+# commits of rows of engine.csv whose runs took DeepSpeed's step, as all records before them did
+BEFORE_OURS = {"6b15f55", "f177428"}
 
 CHANGES: dict[str, dict[str, Any]] = {
     "as planned": {},
@@ -208,7 +210,7 @@ def change_table(clusters: Clusters) -> str:
 def plain_rates() -> dict[str, float]:
     """The plain path's utilizations, by the first record, as changes of a configuration."""
     config = load("train", PLAIN)
-    found = fitted(config, read_steps(RESULTS / FITTED, config)).cluster
+    found = fitted(config, read_steps(RESULTS / FITTED, config), DEEPSPEED).cluster
     return {
         "cluster.utilization": found.utilization,
         "cluster.hardware.forward_utilization": found.hardware.forward_utilization,
@@ -225,16 +227,16 @@ def comparisons() -> dict[str, Comparison]:
     found = {}
     for name, overrides in RECORDS.items():
         config = plain(overrides)
-        found[name] = compare(config, read_steps(RESULTS / name, config))
+        found[name] = compare(config, read_steps(RESULTS / name, config), DEEPSPEED)
     small = ["experiment=huginn-100m", "batch.global_tokens=65536", "model.path=reference"]
     config = load("train", small)
-    found[SMALL] = compare(config, read_steps(RESULTS / SMALL, config))
+    found[SMALL] = compare(config, read_steps(RESULTS / SMALL, config), DEEPSPEED)
     one = plain([RECOMPUTED])
-    level = 1 + compare(one, read_steps(RESULTS / LEVEL, one)).bias
+    level = 1 + compare(one, read_steps(RESULTS / LEVEL, one), DEEPSPEED).bias
     for name, stage in ON_TWO.items():
         changes = {"cluster.gpus_per_node": 2, "engine.zero_stage": stage}
         two = what_if(one, {"cluster.gpu_flops": level * one.cluster.gpu_flops, **changes})
-        found[name] = compare(two, read_steps(RESULTS / name, two))
+        found[name] = compare(two, read_steps(RESULTS / name, two), DEEPSPEED)
     return found
 
 
@@ -260,7 +262,7 @@ def check_table(found: dict[str, Comparison]) -> str:
 
 def scaled_table(path: Path) -> str:
     """Speed on several GPUs against one, measured and predicted; says so where nothing is."""
-    found = read_scaled(path, plain([RECOMPUTED]), steps=TIMED)
+    found = read_scaled(path, plain([RECOMPUTED]), steps=TIMED, moved=DEEPSPEED)
     if not found:
         return (
             "No run on several GPUs has rows in `kernels/benchmarks/results/reliability.csv` yet."
@@ -304,7 +306,7 @@ def fit_table() -> str:
     source = f"{len(passes.seconds)} passes of one row, `step.csv`"
     lines.append(f"| fused | {source} | {_rates(found)} | {worst:.2%} |")
     config = plain([])
-    errors = compare(config, read_steps(RESULTS / FITTED, config)).errors
+    errors = compare(config, read_steps(RESULTS / FITTED, config), DEEPSPEED).errors
     lines.append(
         f"| plain | {len(errors)} steps of 8 rows, `{Path(FITTED).name}` | {_rates(config)} "
         f"| {np.abs(errors).max():.2%} |"
@@ -337,22 +339,25 @@ def engine_runs() -> list[tuple[dict[str, str], float]]:
             step_totals(config.depth, seed=config.run.seed, first_row=step * count, rows=count)
             for step in range(first, first + int(row["steps"]))
         ])  # fmt: skip
-        found.append((row, float(step_seconds(config, totals).sum())))
+        moved = DEEPSPEED if row["commit"] in BEFORE_OURS else None
+        found.append((row, float(step_seconds(config, totals, moved).sum())))
     return found
 
 
 def engine_table() -> str:
     """Whole steps of the fused path through the engine, whose passes alone were fitted."""
     lines = [
-        "| GPUs | stage | micro-steps | steps | tokens/s: measured | predicted | error of the "
-        "total time | outside of passes: measured | predicted |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| GPUs | stage | one depth per | micro-steps | update | steps | tokens/s of a GPU: "
+        "measured | predicted | error of the total time | outside of passes: measured "
+        "| predicted |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row, predicted_s in engine_runs():
         seconds, speed = float(row["seconds"]), float(row["tokens_per_s_per_gpu"])
         ideal_s = float(row["share_of_bare"]) * seconds
         lines.append(
-            f"| {row['gpus']} | ZeRO-{row['zero']} | {row['accumulation']} | {row['steps']} "
+            f"| {row['gpus']} | ZeRO-{row['zero']} | {row['scope']} | {row['accumulation']} "
+            f"| {'DeepSpeed' if row['commit'] in BEFORE_OURS else 'ours'} | {row['steps']} "
             f"| {speed:,.0f} | {speed * seconds / predicted_s:,.0f} "
             f"| {predicted_s / seconds - 1:+.1%} | {1 - ideal_s / seconds:.1%} "
             f"| {1 - ideal_s / predicted_s:.1%} |"

@@ -54,7 +54,7 @@ def plot_rows() -> None:
         axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", label=name)
     axes.set(
         xlabel="rows of 4,096 tokens", ylabel="tokens/s", ylim=(0, 5200), xticks=[1, 2, 3, 4],
-        title="huginn-3.5b, (24, 8) iterations, forward and backward, one H200, 20 s",
+        title="huginn-3.5b, (24, 8) iterations, forward and backward, one H200",
     )  # fmt: skip
     axes.title.set_fontsize(9)
     axes.grid(alpha=0.3)

@@ -5,7 +5,7 @@ computed again. They follow from exact FLOPs and two measured rates, so one fit 
 depth, context and recomputation.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,13 +21,35 @@ from pretrain.model.cost import (
     mean_recomputed,
 )
 
-# For each parameter. EllisAdam's kernels move 36 (20, then 16); with what DeepSpeed's step does to
-# gradients and weights around it: 57.5 ms for 3.565 B parameters at 4.27 TB/s, in the run whose
-# kernels are in kernels/benchmarks/results/2026-11-26-h200/engine-profile.csv.
-_OPTIMIZER_BYTES = 69
-# A micro-step's gradient is widened to float32, then added: read and written, read twice and
-# written. Not in a bare pass.
-_SUM_BYTES = {Precision.bf16: 2 + 4 + 12, Precision.fp32: 12}
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateBytes:
+    """Traffic for each parameter of what a step does besides its passes."""
+
+    update: float
+    """Once a step; ranks share it."""
+    first: float
+    """To begin the float32 sum of gradients with a step's first micro-step, on every rank."""
+    later: float
+    """To add those of another micro-step."""
+
+
+# EllisAdam's kernels move 36 (20, then 16); with what DeepSpeed's step does to gradients and
+# weights around it: 57.5 ms for 3.565 B parameters at 4.27 TB/s, in the run whose kernels are in
+# kernels/benchmarks/results/2026-11-26-h200/engine-profile.csv. A micro-step's gradient is widened
+# to float32, then added: read and written, read twice and written.
+DEEPSPEED = UpdateBytes(update=69, first=2 + 4 + 12, later=2 + 4 + 12)
+_DEEPSPEED_FP32 = UpdateBytes(update=69, first=12, later=12)
+# engine/takeover: norms 4, moments 20, weights and their bf16 copies 18; under ZeRO-1 the sums too.
+_OURS = UpdateBytes(update=4 + 20 + 18, first=2 + 4, later=2 + 8)
+
+
+def update_bytes(config: TrainConfig) -> UpdateBytes:
+    """Of the step that a run takes: DeepSpeed's under ZeRO-3 and in fp32, else ours."""
+    if config.engine.precision is Precision.fp32:
+        return _DEEPSPEED_FP32
+    stages = {1: _OURS, 2: replace(DEEPSPEED, update=_OURS.update), 3: DEEPSPEED}
+    return stages[config.engine.zero_stage]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,17 +122,18 @@ def mean_row_iterations(config: TrainConfig, depth: DepthConfig) -> tuple[float,
     return *mean_iterations(depth, rows=rows), recomputed
 
 
-def optimizer_s(config: TrainConfig) -> float:
+def optimizer_s(config: TrainConfig, moved: UpdateBytes | None = None) -> float:
     """Seconds of an update, and of adding every micro-step's gradient to the sum of its step.
 
     Each rank streams its share of masters, moments and gradients; sums are of all parameters.
+    `moved` is what a recorded run moved where that is not what runs today.
     """
+    moved = moved or update_bytes(config)
     parameters = sum(count_parameters(config.model).values())
     cluster, batch = config.cluster, config.batch
     micro_steps = config.rows_per_step // cluster.ranks // batch.micro_rows
-    moved = _OPTIMIZER_BYTES * parameters / cluster.ranks
-    moved += _SUM_BYTES[config.engine.precision] * parameters * micro_steps
-    return moved / cluster.hardware.memory_bytes_per_s
+    each = moved.update / cluster.ranks + moved.first + moved.later * (micro_steps - 1)
+    return each * parameters / cluster.hardware.memory_bytes_per_s
 
 
 def validation_s(config: TrainConfig) -> float:

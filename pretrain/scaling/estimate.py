@@ -13,6 +13,7 @@ from pretrain.model.balance import Layout, Simulation, slowest_rank
 from pretrain.scaling.communication import communication
 from pretrain.scaling.compute import (
     RowSeconds,
+    UpdateBytes,
     mean_row_iterations,
     optimizer_s,
     validation_s,
@@ -162,11 +163,16 @@ def step_time(config: TrainConfig, simulation: Simulation) -> StepTime:
     )
 
 
-def step_seconds(config: TrainConfig, totals: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Seconds of steps whose rows have these depths, [steps] of [steps, rows]; equal GPUs."""
+def step_seconds(
+    config: TrainConfig, totals: NDArray[np.int64], moved: UpdateBytes | None = None
+) -> NDArray[np.float64]:
+    """Seconds of steps whose rows have these depths, [steps] of [steps, rows]; equal GPUs.
+
+    `moved`: by the update of a recorded run; None: by that of today.
+    """
     seconds = RowSeconds.of(config).of_depths(totals, config.depth.backprop)
     micro_steps = totals.shape[1] // config.cluster.ranks // config.batch.micro_rows
-    fixed = optimizer_s(config) + communication(config).of_step(micro_steps)
+    fixed = optimizer_s(config, moved) + communication(config).of_step(micro_steps)
     return slowest_rank(seconds, layout_of(config)) + fixed
 
 

@@ -17,7 +17,7 @@ from pretrain.config import TrainConfig
 from pretrain.errors import DataError
 from pretrain.model.cost import TokenFlops
 from pretrain.model.depth import step_totals
-from pretrain.scaling.compute import optimizer_s, recomputed_iterations
+from pretrain.scaling.compute import UpdateBytes, optimizer_s, recomputed_iterations
 from pretrain.scaling.estimate import step_seconds
 
 
@@ -84,17 +84,20 @@ def _totals(path: Path, record: dict[str, Any], config: TrainConfig) -> NDArray[
     return totals
 
 
-def compare(config: TrainConfig, steps: Steps) -> Comparison:
-    """What the model says of steps, without any spread between GPUs."""
-    return Comparison(step_seconds(config, steps.totals), steps.seconds)
+def compare(config: TrainConfig, steps: Steps, moved: UpdateBytes | None = None) -> Comparison:
+    """What the model says of steps, without any spread between GPUs.
+
+    `moved`: by the update of a recorded run; None: by that of today.
+    """
+    return Comparison(step_seconds(config, steps.totals, moved), steps.seconds)
 
 
-def fitted(config: TrainConfig, steps: Steps) -> TrainConfig:
+def fitted(config: TrainConfig, steps: Steps, moved: UpdateBytes | None = None) -> TrainConfig:
     """The configuration with the two utilizations that fit the steps of one GPU best.
 
     Least squares on seconds = iterations without gradient / rate + the rest / other rate; the
-    optimizer's time is taken from the model. Raises DataError if the steps were not one GPU's, or
-    too few or too alike to tell the two rates apart.
+    optimizer's time is taken from the model (`moved`: as in `compare`). Raises DataError if the
+    steps were not one GPU's, or too few or too alike to tell the two rates apart.
     """
     if config.cluster.ranks != 1:
         raise DataError(f"Rates are fitted to one GPU's steps, not {config.cluster.ranks} GPUs'.")
@@ -102,7 +105,7 @@ def fitted(config: TrainConfig, steps: Steps) -> TrainConfig:
     recomputed = recomputed_iterations(with_grad, config.engine.model_kept_iterations)
     no_grad = steps.totals - with_grad + recomputed
     rows, each = steps.totals.shape[1], (no_grad.sum(axis=1), with_grad.sum(axis=1))
-    return _with_rates(config, rows, *each, steps.seconds - optimizer_s(config))
+    return _with_rates(config, rows, *each, steps.seconds - optimizer_s(config, moved))
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,11 +188,14 @@ class Scaled:
     """By the run."""
 
 
-def read_scaled(path: Path, config: TrainConfig, *, steps: range) -> list[Scaled]:
+def read_scaled(
+    path: Path, config: TrainConfig, *, steps: range, moved: UpdateBytes | None = None
+) -> list[Scaled]:
     """What kernels/benchmarks/reliability.py measured as part `zero`; none: an empty list.
 
     `config` is that of the runs on one GPU, `steps` those that were timed. The GPU's rate is taken
-    from the one-GPU run in the same rows, so only waiting and communication are predicted.
+    from the one-GPU run in the same rows, so only waiting and communication are predicted; `moved`
+    is as in `compare`.
 
     Raises DataError where several GPUs of a kind were measured but not one.
     """
@@ -204,14 +210,19 @@ def read_scaled(path: Path, config: TrainConfig, *, steps: range) -> list[Scaled
         if row["gpu"] not in single:
             raise DataError(f"{path}: no row 'ZeRO-1, one GPU' for {row['gpu']}.")
         one, gpus = float(single[row["gpu"]]["value"]), int(row["gpus"])
-        predicted = _predict_scaled(config, one, gpus=gpus, stage=int(stage), steps=steps)
+        predicted = _predict_scaled(config, one, gpus, int(stage), steps, moved)
         measured = float(row["value"]) / one / gpus
         found.append(Scaled(gpus, row["gpu"], int(stage), predicted, measured))
     return found
 
 
 def _predict_scaled(
-    config: TrainConfig, tokens_per_s: float, *, gpus: int, stage: int, steps: range
+    config: TrainConfig,
+    tokens_per_s: float,
+    gpus: int,
+    stage: int,
+    steps: range,
+    moved: UpdateBytes | None,
 ) -> float:
     rows, seed = config.rows_per_step, config.run.seed
     totals = np.stack(
@@ -220,7 +231,7 @@ def _predict_scaled(
             for step in steps
         ]
     )
-    expected = config.batch.global_tokens * len(totals) / step_seconds(config, totals).sum()
+    expected = config.batch.global_tokens * len(totals) / step_seconds(config, totals, moved).sum()
     cluster = replace(config.cluster, gpu_flops=config.cluster.gpu_flops * tokens_per_s / expected)
     one = replace(config, cluster=cluster)
     many = replace(
@@ -228,4 +239,5 @@ def _predict_scaled(
         cluster=replace(cluster, gpus_per_node=gpus),
         engine=replace(config.engine, zero_stage=stage),
     )
-    return float(step_seconds(one, totals).sum() / step_seconds(many, totals).sum() / gpus)
+    alone, together = (step_seconds(each, totals, moved).sum() for each in (one, many))
+    return float(alone / together / gpus)
