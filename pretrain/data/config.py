@@ -186,6 +186,11 @@ class DataConfig:
                 f"data.root={self.root} is set, but the {self.corpus.value} corpus reads no "
                 "folder; choose data=files."
             )
+        if self.corpus is not Corpus.files and self.valid_paths:
+            raise ConfigError(
+                f"data.valid_paths={self.valid_paths} is set, but the {self.corpus.value} corpus "
+                "reads no files; remove it, or choose data=files."
+            )
         self._check_addition()
 
     def _check_addition(self) -> None:
@@ -203,11 +208,6 @@ class DataConfig:
             raise ConfigError(
                 f"The addition corpus has sums without end; it needs data.max_digits of 1 or more, "
                 f"not {self.max_digits}, and data.max_bytes, not {self.max_bytes}."
-            )
-        if self.corpus is Corpus.embedded and self.valid_paths:
-            raise ConfigError(
-                f"data.valid_paths={self.valid_paths} is set, but the embedded corpus reads no "
-                "files; remove it, or choose data=files."
             )
 
     def _check_sources(self) -> None:

@@ -70,7 +70,10 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; special ids say nothing, bytes that are no UTF-8 become U+FFFD."""
+        """The text of ids; special ids say nothing, bytes that are no UTF-8 become U+FFFD.
+
+        Nor do ids beyond the vocabulary, which a model may have more of, and may choose.
+        """
 
     @abstractmethod
     def export(self, folder: Path) -> dict[str, Any]:

@@ -64,7 +64,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, through the bytes that each stands for."""
-        return b"".join(self._bytes[i] for i in ids).decode("utf-8", errors="replace")
+        known = (self._bytes[i] for i in ids if i < self.vocabulary_size)
+        return b"".join(known).decode("utf-8", errors="replace")
 
     def token_bytes(self, token: int) -> bytes:
         """The UTF-8 bytes that one id stands for; none for special ids."""

@@ -19,6 +19,7 @@ from pretrain.errors import ConfigError
 from pretrain.model.config import ComputePath, ModelConfig
 from pretrain.model.decoding import Decoding
 from pretrain.model.depth import Depth
+from pretrain.model.fused.attention import BLOCK
 from pretrain.model.initial_state import initial_states
 from pretrain.model.recurrent import Output
 from pretrain.model.sampling import choose
@@ -30,7 +31,9 @@ _ALIGNED_TOKENS = 16
 def row_tokens(prompts: Sequence[Sequence[int]], new_tokens: int) -> int:
     """Tokens of a row in each pass: the longest text that there may be, rounded up."""
     longest = max(map(len, prompts)) + new_tokens - 1
-    return -(-longest // _ALIGNED_TOKENS) * _ALIGNED_TOKENS
+    tokens = -(-longest // _ALIGNED_TOKENS) * _ALIGNED_TOKENS
+    # rows of whole blocks would have FlexAttention compiled for their length: see _uncompiled
+    return tokens + _ALIGNED_TOKENS if tokens % BLOCK == 0 else tokens
 
 
 @torch.no_grad()

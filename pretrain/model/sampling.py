@@ -46,9 +46,20 @@ def sample(
         probabilities_BV[:, top_k:] = 0.0
         probabilities_BV /= probabilities_BV.sum(-1, keepdim=True)
     if top_p is not None:
-        before_BV = probabilities_BV.cumsum(-1) - probabilities_BV
+        before_BV = _running_sums(probabilities_BV) - probabilities_BV
         probabilities_BV[before_BV >= top_p] = 0.0
-    cumulative_BV = probabilities_BV.cumsum(-1)
+    cumulative_BV = _running_sums(probabilities_BV)
     targets_B1 = draws_B[:, None] * cumulative_BV[:, -1:]
     ranks_B1 = torch.searchsorted(cumulative_BV, targets_B1, right=True)
     return ids_BV.gather(-1, ranks_B1.clamp_(max=ids_BV.shape[-1] - 1))[:, 0]
+
+
+def _running_sums(x_BV: Tensor) -> Tensor:
+    """Sums of each token and those before it.
+
+    Where deterministic algorithms are asked for, torch takes V^2 numbers of a GPU's memory for each
+    row (34 GB at V = 65,536) or refuses, depending on its version. A CPU needs neither.
+    """
+    if x_BV.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return x_BV.cpu().cumsum(-1).to(x_BV.device)
+    return x_BV.cumsum(-1)

@@ -52,9 +52,11 @@ def test_a_job_of_a_shared_build_is_one_of_them(task, tasks):
     assert make(build_task=1, build_tasks=2).build_task == 1
 
 
-def test_the_embedded_corpus_has_no_files_to_hold_out():
-    with pytest.raises(ConfigError, match=r"data.valid_paths=\['\*'\] is set, but the embedded"):
-        make(corpus=Corpus.embedded, root=None, valid_paths=["*"])
+@pytest.mark.parametrize("corpus", [Corpus.embedded, Corpus.addition])
+def test_a_corpus_without_files_has_none_to_hold_out(corpus):
+    given = {"corpus": corpus, "root": None, "valid_paths": ["*"]}
+    with pytest.raises(ConfigError, match=rf"data.valid_paths=\['\*'\] .* the {corpus.value}"):
+        make(**given, **({"max_digits": 3, "max_bytes": 9} if corpus is Corpus.addition else {}))
 
 
 @pytest.mark.parametrize("weight", [-1.0, math.inf, math.nan])

@@ -108,7 +108,8 @@ def test_decoding_says_nothing_for_special_ids_and_mends_broken_bytes(
     first_two = tokenizer.encode("\u2581")[:2]
     special = tokenizer.special
     ids = [special.begin_text, *tokenizer.encode("ab"), special.end_turn, *first_two, special.pad]
-    assert tokenizer.decode(ids) == "ab\ufffd"
+    beyond = [tokenizer.vocabulary_size, 10 * tokenizer.vocabulary_size]
+    assert tokenizer.decode([*beyond, *ids]) == "ab\ufffd"
 
 
 def test_a_lone_surrogate_is_refused(tokenizer: SentencePieceTokenizer) -> None:

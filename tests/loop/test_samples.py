@@ -136,9 +136,10 @@ def test_weights_in_parts_write_what_whole_ones_write(
     assert [each["text"] for each in first] == [each["text"] for each in alone]
 
 
-def config_with(**validation: object) -> TrainConfig:
+def config_with(*overrides: str, **validation: object) -> TrainConfig:
     words = [f"validation.{key}={json.dumps(value)}" for key, value in validation.items()]
-    config: TrainConfig = load("train", [*SMALL, "validation.sample_depths=[2]", *words])
+    words = [*SMALL, "validation.sample_depths=[2]", *words, *overrides]
+    config: TrainConfig = load("train", words)
     return config
 
 
@@ -164,6 +165,16 @@ def test_many_prompts_pass_in_parts_no_larger_than_a_micro_batch(workspace: Path
     assert seen == [8] * 3 + [3] * 3
     alone = take(config_with(prompts=prompts[9:10], sample_tokens=3), workspace)
     assert whole[9:10] == alone
+
+
+def test_a_token_that_no_tokenizer_knows_does_not_stop_a_run(workspace: Path) -> None:
+    config = config_with(
+        "tokenizer.vocabulary_size=384", "tokenizer.path=out/tokenizer/small-384",
+        "model.vocabulary_size=8192", prompts=["12"], sample_temperature=1.0,
+    )  # fmt: skip
+    # of 8 tokens drawn by an untrained model, 19 in 20 are beyond the tokenizer's 384
+    (text,) = take(config, workspace)
+    assert len(text) <= 32
 
 
 def test_a_prompt_that_fills_the_context_is_refused_and_a_long_one_shortens_samples(

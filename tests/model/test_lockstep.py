@@ -9,6 +9,7 @@ from pretrain.errors import ConfigError
 from pretrain.model.config import ComputePath, DocumentMask
 from pretrain.model.decoding import Decoding
 from pretrain.model.depth import Depth
+from pretrain.model.fused.attention import BLOCK
 from pretrain.model.generation import collect, generate_rows
 from pretrain.model.initial_state import initial_states
 from pretrain.model.lockstep import continue_in_lockstep, row_tokens
@@ -85,3 +86,12 @@ def test_compiled_layers_are_not_compiled_for_short_rows(make_model):
     before = dict(torch._dynamo.utils.counters["stats"])
     assert passes(model) == passes(plain)
     assert dict(torch._dynamo.utils.counters["stats"]) == before
+
+
+def test_flex_attention_is_not_compiled_for_short_rows():
+    """It takes rows of whole blocks; the code of another length would then serve training too."""
+    for tokens in range(1, 400):
+        length = row_tokens([[0] * tokens], 1)
+        assert length % BLOCK
+        assert length % 16 == 0
+        assert tokens <= length < tokens + 32

@@ -30,3 +30,21 @@ def test_samples_follow_the_filtered_distribution(options, expected):
     found = tokens.bincount(minlength=4) / 10_000
     # Evenly spaced draws invert the CDF to within one draw at each edge.
     torch.testing.assert_close(found, torch.tensor(expected), atol=2e-4, rtol=0.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_deterministic_algorithms_take_no_more_memory():
+    logits = torch.randn(2, 65_536, generator=torch.Generator().manual_seed(0))
+    draws = torch.tensor([0.2, 0.9], dtype=torch.float64)
+    wanted = sample(logits, draws, temperature=0.7, top_p=0.9)
+    torch.use_deterministic_algorithms(True)
+    try:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        found = sample(logits.cuda(), draws.cuda(), temperature=0.7, top_p=0.9)
+        # some ten arrays of 65,536 float64 for each of two rows; one of V x V is 34 GB
+        assert torch.cuda.max_memory_allocated() - before < 100e6
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(found.cpu(), wanted)
