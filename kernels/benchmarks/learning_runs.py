@@ -13,7 +13,7 @@ from pretrain.model.cost import TokenFlops, mean_iterations
 DEPTHS = (1, 2, 4, 8, 16, 32, 64)
 BASE = (
     "experiment=huginn-100m-short", "logging=quiet", "checkpoint.every_steps=100000",
-    "checkpoint.keep_last=1",
+    "checkpoint.keep_last=1", "validation.prompts=[]",
     # saved once, at the end: there is nothing to go back to
     "guards.spike.rewind_after=0",
 )  # fmt: skip
