@@ -73,8 +73,8 @@ def test_runs_of_a_group_differ_in_what_their_names_say(configs):
     assert differing(dealt, configs["one-depth-a-step-0"]) == {"depth.scope"}
     rates = {configs[f"rate-{rate}"].optimizer.learning_rate for rate in ("4e-4", "8e-4", "1.6e-3")}
     assert rates == {4e-4, 8e-4, 1.6e-3}
+    # samples of text are written at depth 4 and at the mean one
     assert differing(configs["recurrent"], configs["fixed-equal-parameters"]) == {
-        # the last follows the mean
         "depth.law", "depth.mean", "depth.backprop", "validation.sample_depths",
     }  # fmt: skip
     schedules = {dataclasses.astuple(c.schedule)[:2] for c in configs.values()}
