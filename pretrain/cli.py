@@ -76,6 +76,14 @@ WITHOUT_OUTPUTS = (
 )
 
 
+class _ConsoleLines(Redacting):
+    """News as it is; what needs somebody begins with its level and with who says it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        """The line; `logging` chose the method's name."""
+        return record.message if record.levelno == logging.INFO else super().formatMessage(record)
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its code (0, 64, 65, 70 or 75)."""
     code = _run(list(sys.argv[1:] if arguments is None else arguments))
@@ -93,7 +101,7 @@ def _run(arguments: list[str]) -> int:
     if command is None:
         return _explain(arguments)
     to_console = logging.StreamHandler(sys.stderr)
-    to_console.setFormatter(Redacting("%(levelname)s %(name)s: %(message)s"))
+    to_console.setFormatter(_ConsoleLines("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[to_console])
     try:
         module = import_module("pretrain." + command.words.replace(" ", "."))

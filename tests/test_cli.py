@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from conftest import run_cli
+from conftest import SMALL, run_cli
 from pretrain.cli import COMMANDS, Command
 from pretrain.compose import compose_to_show
 from pretrain.help import describe
@@ -120,3 +121,16 @@ def test_a_reader_that_leaves_early_gets_no_traceback(tmp_path: Path) -> None:
     )
     assert done.stdout == "T141\n"
     assert done.stderr == ""
+
+
+def test_the_console_shows_news_plainly_and_warnings_by_name(
+    workspace: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(workspace, tmp_path / "here")
+    done = run_cli(tmp_path / "here", "train", *SMALL, "run.steps=1", "validation.sample_tokens=99")
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert any(re.match(r"life 1 begins at step 0: 1 rank on \S+$", line) for line in lines)
+    assert any(re.match(r"step 1/1  loss \d", line) for line in lines)
+    assert any(re.match(r"sample at step 1, r=4: state", line) for line in lines)
+    assert any(line.startswith("WARNING pretrain.loop.samples: samples have") for line in lines)
