@@ -6,9 +6,11 @@ configuration. Hydra's own flags (--cfg job, --info defaults, -m, ...) keep work
 
 import logging
 import os
+import select
 import sys
 import traceback
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
 
@@ -61,8 +63,9 @@ ABOUT_A_RUN = (
 # They go on with a run folder that exists, by its configuration.
 RESUMING = ("train", "submit")
 
-# what a shell says of a process that Ctrl-C has ended
+# what a shell says of a process that Ctrl-C has ended, and of one whose reader has gone (`| head`)
 EXIT_INTERRUPTED = 130
+EXIT_PIPE_CLOSED = 141
 MULTIRUN_FLAGS = ("-m", "--multirun")
 # Run folders are ours: Hydra makes none, and leaves logging alone.
 WITHOUT_OUTPUTS = (
@@ -73,10 +76,21 @@ WITHOUT_OUTPUTS = (
 )
 
 
+class _ConsoleLines(Redacting):
+    """News as it is; what needs somebody begins with its level and with who says it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        """The line; `logging` chose the method's name."""
+        return record.message if record.levelno == logging.INFO else super().formatMessage(record)
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its code (0, 64, 65, 70 or 75)."""
     code = _run(list(sys.argv[1:] if arguments is None else arguments))
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = code or EXIT_PIPE_CLOSED
     sys.stderr.flush()
     # a finished process with a gloo group alive may abort in interpreter teardown (torch 2.13)
     os._exit(code)
@@ -85,10 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _run(arguments: list[str]) -> int:
     command, rest = _find(arguments)
     if command is None:
-        print(_usage())
-        return EXIT_FINISHED if arguments in (["--help"], ["-h"]) else EXIT_CONFIG
+        return _explain(arguments)
     to_console = logging.StreamHandler(sys.stderr)
-    to_console.setFormatter(Redacting("%(levelname)s %(name)s: %(message)s"))
+    to_console.setFormatter(_ConsoleLines("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[to_console])
     try:
         module = import_module("pretrain." + command.words.replace(" ", "."))
@@ -112,6 +125,8 @@ def _run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and not _has_reader():
+            return EXIT_PIPE_CLOSED
         _say(traceback.format_exc().rstrip())
         note_exit(EXIT_BUG, error)
         return EXIT_BUG
@@ -119,6 +134,13 @@ def _run(arguments: list[str]) -> int:
 
 def _say(text: str) -> None:
     print(redact(text, secret_values(os.environ)), file=sys.stderr)
+
+
+def _has_reader() -> bool:
+    """Whether somebody may still read what is printed; in `pretrain ... | head` nobody does."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    return not any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def _find(arguments: list[str]) -> tuple[Command | None, list[str]]:
@@ -153,9 +175,11 @@ def _run_with_flags(command: Command, module: Any, rest: list[str]) -> int:
             return int(module.sweep(flags.overrides))
         return run_jobs(command.words, command.primary, flags.overrides)
     asked = [text for text in rest if text not in flags.overrides]
+    is_elsewhere = flags.config_dir or flags.config_name or flags.config_path
+    if flags.help and not is_elsewhere:
+        return _help(command, flags.overrides)
     if not flags.help:
         flags.overrides = _complete(module, flags.overrides)
-    is_elsewhere = flags.config_dir or flags.config_name or flags.config_path
     if (flags.cfg or flags.info) and not is_elsewhere:
         # Hydra shows a misspelt key that was added with + as if something read it
         load(command.primary, flags.overrides)
@@ -165,6 +189,15 @@ def _run_with_flags(command: Command, module: Any, rest: list[str]) -> int:
     from pretrain.compose import to_object
 
     return int(module.main(to_object(composed, "the configuration")) or EXIT_FINISHED)
+
+
+def _help(command: Command, overrides: list[str]) -> int:
+    from pretrain.compose import compose_to_show
+    from pretrain.help import describe
+
+    node, groups = compose_to_show(command.primary, overrides)
+    print(describe(command.words, command.purpose, node, groups))
+    return EXIT_FINISHED
 
 
 def _compose_by_hydra(command: Command, overrides: list[str], flags: list[str]) -> Any:
@@ -190,7 +223,27 @@ def _compose_by_hydra(command: Command, overrides: list[str], flags: list[str]) 
     return found[0] if found else None
 
 
-def _usage() -> str:
-    width = max(len(command.words) for command in COMMANDS)
-    lines = [f"  pretrain {command.words:<{width}}  {command.purpose}" for command in COMMANDS]
-    return "usage: pretrain COMMAND [group=option] [key=value] [Hydra flags]\n" + "\n".join(lines)
+def _explain(arguments: list[str]) -> int:
+    """Show the commands that begin with these words, or all of them."""
+    words = [text for text in arguments if text not in ("--help", "-h")]
+    first = words[0] if words else ""
+    family = [command for command in COMMANDS if command.words.split()[0] == first]
+    if len(words) > 1 or (words and not family):
+        near = get_close_matches(" ".join(words[:2]), [each.words for each in family or COMMANDS])
+        near = near or get_close_matches(first, [each.words for each in COMMANDS])
+        hint = f" Did you mean {near[0]}?" if near else ""
+        asked = " ".join(words[: 2 if family else 1])
+        print(f"There is no command {asked}.{hint}\n", file=sys.stderr)
+    is_asked = words != arguments and len(words) <= bool(family)
+    print(_usage(family or COMMANDS), file=sys.stdout if is_asked else sys.stderr)
+    return EXIT_FINISHED if is_asked else EXIT_CONFIG
+
+
+def _usage(commands: Sequence[Command]) -> str:
+    width = max(len(command.words) for command in commands)
+    lines = [f"  pretrain {command.words:<{width}}  {command.purpose}" for command in commands]
+    return (
+        "usage: pretrain COMMAND [group=option] [key=value] [Hydra flags]\n"
+        + "\n".join(lines)
+        + "\nEvery setting of a command, with its meaning: pretrain COMMAND --help"
+    )

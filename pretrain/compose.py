@@ -10,12 +10,14 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
 from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
@@ -173,13 +175,33 @@ def check_resumable(old: tree.TrainConfig, new: tree.TrainConfig) -> None:
         )
 
 
-def _compose(primary: str, overrides: Sequence[str]) -> DictConfig:
-    register_schemas()
+def compose_to_show(primary: str, overrides: Sequence[str]) -> tuple[DictConfig, dict[str, Any]]:
+    """The configuration as composed, values that are missing included; and each group's options.
+
+    Raises ConfigError as `load` does, but for what is missing or does not go together.
+    """
+    node = _compose(primary, overrides)
+    with _initialized():
+        loader = GlobalHydra.instance().config_loader()
+        groups = {
+            group: [name for name in loader.get_group_options(group) if name[-7:] != "_schema"]
+            for group in sorted(loader.list_groups("") or [])
+            if group != "hydra"
+        }
+    return node, groups
+
+
+def _initialized() -> AbstractContextManager[Any]:
     source = config_source()
     is_installed = source.startswith("pkg://")
     initialize = initialize_config_module if is_installed else initialize_config_dir
+    return initialize(source.removeprefix("pkg://"), version_base="1.3")
+
+
+def _compose(primary: str, overrides: Sequence[str]) -> DictConfig:
+    register_schemas()
     try:
-        with initialize(source.removeprefix("pkg://"), version_base="1.3"):
+        with _initialized():
             return compose(primary, overrides=list(overrides))
     except OverrideParseException as error:
         raise _unreadable(error) from error

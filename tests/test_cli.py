@@ -1,10 +1,20 @@
-"""Hydra's flags check what they show, and leave nothing behind."""
+"""Help says what there is; Hydra's flags check what they show, and leave nothing behind."""
 
+import dataclasses
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from omegaconf import DictConfig, OmegaConf
 
-from conftest import run_cli
+from conftest import SMALL, run_cli
+from pretrain.cli import COMMANDS, Command
+from pretrain.compose import compose_to_show
+from pretrain.help import describe
 
 
 @pytest.mark.parametrize(
@@ -35,3 +45,92 @@ def test_another_folder_of_options_is_read(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "65,536" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["conf"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "shown"),
+    [
+        (["tarin"], "There is no command tarin. Did you mean train?", 20),
+        (["data", "biuld", "data=files"], "no command data biuld. Did you mean data build?", 4),
+        (["harness"], "usage", 2),
+        (["run.dir=out"], "There is no command run.dir=out.", 20),
+    ],
+    ids=str,
+)
+def test_an_unknown_command_is_named_with_its_nearest(
+    tmp_path: Path, arguments: list[str], said: str, shown: int
+) -> None:
+    done = run_cli(tmp_path, *arguments)
+    assert done.returncode == 64
+    assert said in done.stderr
+    assert done.stderr.count("\n  pretrain ") == shown
+    assert done.stdout == ""
+
+
+def test_words_that_begin_commands_have_help(tmp_path: Path) -> None:
+    done = run_cli(tmp_path, "data", "--help")
+    assert done.returncode == 0
+    assert re.findall(r"^  pretrain (\w+ \w+)", done.stdout, flags=re.M) == [
+        "data tokenizer", "data build", "data verify", "data inspect",
+    ]  # fmt: skip
+
+
+def test_help_shows_a_setting_with_its_value_and_meaning(tmp_path: Path) -> None:
+    done = run_cli(tmp_path, "evaluate", "--help", "evaluate.rows=7")
+    assert done.returncode == 0, done.stderr
+    assert "usage: pretrain evaluate run.dir=... [key=value]" in done.stdout
+    assert "  evaluate.rows=7\n        Rows of the valid split to use.\n" in done.stdout
+    assert "One of none, kl," in done.stdout
+    assert "Hydra is" not in done.stdout
+    assert not list(tmp_path.iterdir())
+    wrong = run_cli(tmp_path, "evaluate", "--help", "evaluate.rws=7")
+    assert wrong.returncode == 64
+    assert "Did you mean rows?" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    "command", [command for command in COMMANDS if command.primary], ids=lambda each: each.words
+)
+def test_every_setting_of_every_command_has_a_meaning(command: Command) -> None:
+    node, groups = compose_to_show(command.primary, [])
+    said = describe(command.words, command.purpose, node, groups)
+    entries = re.findall(r"^  ([a-z]\S*?)=.*\n(        )?", said, flags=re.M)
+    assert [key for key, meaning in entries if not meaning] == []
+    assert {key for key, _ in entries} >= set(leaves(node))
+    assert max(map(len, said.splitlines())) < 160
+    if "model" in node:
+        assert re.search(r"^  depth +curriculum, fixed, ", said, flags=re.M)
+        assert "_schema" not in said
+
+
+def leaves(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Keys that hold values, down to what a run names itself."""
+    for key in map(str, node):
+        value = None if OmegaConf.is_missing(node, key) else node._get_node(key)
+        if isinstance(value, DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(value)):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def test_a_reader_that_leaves_early_gets_no_traceback(tmp_path: Path) -> None:
+    # 20 kB, more than `head` takes: the rest meets a pipe that is closed
+    command = f"{sys.executable} -m pretrain train --help | head -c 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout == "T141\n"
+    assert done.stderr == ""
+
+
+def test_the_console_shows_news_plainly_and_warnings_by_name(
+    workspace: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(workspace, tmp_path / "here")
+    done = run_cli(tmp_path / "here", "train", *SMALL, "run.steps=1", "validation.sample_tokens=99")
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert any(re.match(r"life 1 begins at step 0: 1 rank on \S+$", line) for line in lines)
+    assert any(re.match(r"step 1/1  loss \d", line) for line in lines)
+    assert any(re.match(r"sample at step 1, r=4: state", line) for line in lines)
+    assert any(line.startswith("WARNING pretrain.loop.samples: samples have") for line in lines)

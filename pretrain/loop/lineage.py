@@ -87,10 +87,10 @@ class Lineage:
             }
         )
         log.info(
-            "life %d begins at step %d: %d ranks on %s",
+            "life %d begins at step %d: %s on %s",
             self._number,
             self.first_step,
-            self._world.size,
+            "1 rank" if self._world.size == 1 else f"{self._world.size} ranks",
             ", ".join(nodes),
         )
         return self

@@ -9,8 +9,12 @@ _SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _BYTES = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
-def plain(value: float, digits: int = 4) -> str:
-    """Up to four significant digits, without an exponent where that is short."""
+def plain(value: float, digits: int = 4, *, more: int = 0) -> str:
+    """Up to four significant digits, without an exponent where that is short.
+
+    Here and below, `more` digits than usual tell apart what lies close together.
+    """
+    digits += more
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else ("∞" if value > 0 else "−∞")
     if value == 0:
@@ -24,50 +28,50 @@ def plain(value: float, digits: int = 4) -> str:
     return f"{value:.{digits - 1}g}".replace("e-0", "e-").replace("e+0", "e")
 
 
-def scaled(value: float) -> str:
+def scaled(value: float, *, more: int = 0) -> str:
     """Counts and rates: 102 k, 1.05 M, 2.40 T."""
     for size, letter in _SCALES:
         if abs(value) >= size and math.isfinite(value):
-            return f"{value / size:.3g} {letter}"
-    return plain(value, 3)
+            return f"{value / size:.{3 + more}g} {letter}"
+    return plain(value, 3, more=more)
 
 
-def in_bytes(value: float) -> str:
+def in_bytes(value: float, *, more: int = 0) -> str:
     """1.5 GiB."""
     for size, unit in _BYTES:
         if abs(value) >= size and math.isfinite(value):
             # up to 1,023 of a unit
-            return f"{plain(value / size, 3)} {unit}"
-    return f"{plain(value)} B"
+            return f"{plain(value / size, 3, more=more)} {unit}"
+    return f"{plain(value, more=more)} B"
 
 
-def in_seconds(value: float) -> str:
+def in_seconds(value: float, *, more: int = 0) -> str:
     """120 ms, 2.31 s."""
     if 0 < abs(value) < 1:
-        return f"{value * 1e3:.3g} ms"
-    return f"{value:,.3g} s" if abs(value) < 1000 else f"{value:,.0f} s"
+        return f"{value * 1e3:.{3 + more}g} ms"
+    return f"{value:,.{3 + more}g} s" if abs(value) < 1000 else f"{value:,.{more}f} s"
 
 
-def in_percent(share: float) -> str:
+def in_percent(share: float, *, more: int = 0) -> str:
     """0.5 %, 43 %."""
-    return f"{plain(100 * share, 3)} %"
+    return f"{plain(100 * share, 3, more=more)} %"
 
 
-def by_name(metric: str, value: float) -> str:
+def by_name(metric: str, value: float, *, more: int = 0) -> str:
     """A value with the unit that its metric's name ends with."""
     if metric in _SHARES or metric.startswith("data/share_"):
-        return in_percent(value)
+        return in_percent(value, more=more)
     if metric.endswith("_bytes") or metric.endswith("/bytes"):
-        return in_bytes(value)
+        return in_bytes(value, more=more)
     if metric.endswith("per_s") or "_per_s_" in metric or metric.endswith("tokens"):
-        return scaled(value)
+        return scaled(value, more=more)
     if metric.endswith("_s"):
-        return in_seconds(value)
+        return in_seconds(value, more=more)
     if metric.endswith("_hz"):
-        return f"{scaled(value)}Hz"
+        return f"{scaled(value, more=more)}Hz"
     if metric[-2:] in _UNITS:
-        return f"{plain(value, 3)} {_UNITS[metric[-2:]]}"
-    return plain(value)
+        return f"{plain(value, 3, more=more)} {_UNITS[metric[-2:]]}"
+    return plain(value, more=more)
 
 
 def counted(number: float, noun: str) -> str:

@@ -52,23 +52,32 @@ class Scale:
 
 
 def fit(
-    values: Iterable[float], kind: Kind, *, start: float, stop: float, pad: float = 0.0
+    values: Iterable[float],
+    kind: Kind,
+    *,
+    start: float,
+    stop: float,
+    pad: float = 0.0,
+    limits: tuple[float, float] = (-math.inf, math.inf),
 ) -> Scale:
-    """A scale that holds all finite values (on a logarithmic one: all positive), with room."""
+    """A scale that holds all finite values (on a logarithmic one: all positive), with room.
+
+    A linear one ends at `limits` at the latest.
+    """
     is_log = kind is not Kind.linear
     finite = [value for value in values if math.isfinite(value) and (value > 0 or not is_log)]
     low, high = (min(finite), max(finite)) if finite else (1.0, 2.0)
     if low == high:
         low, high = (low / 2, high * 2) if is_log else (low - abs(low) / 2, high + abs(high) / 2)
     if low == high:
-        low, high = -1.0, 1.0
+        low, high = 0.0, 1.0
     if is_log:
         room = (high / low) ** pad
         return Scale(kind, low / room, high * room, start, stop)
     room = (high - low) * pad
     # what is never negative gets no room below zero
     floor = 0.0 if low >= 0 and low - room < 0 else low - room
-    return Scale(kind, floor, high + room, start, stop)
+    return Scale(kind, max(floor, limits[0]), min(high + room, limits[1]), start, stop)
 
 
 def _linear_ticks(low: float, high: float, most: int) -> list[float]:

@@ -1,5 +1,6 @@
 """Scores of tasks against depth: a chart for each task, and a table with standard errors."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,12 +34,14 @@ def _task_chart(name: str, runs: Sequence[Run]) -> str:
         if measure in each["scores"]
     ]
     ticks = sorted({value for line in lines for value in line.x})
+    is_share = not measure.startswith(_NATS)
     chart = Chart(
         lines=lines,
         x_label="depth (iterations of the core)",
         x_kind=Kind.log2,
         x_ticks=ticks[:: 1 + len(ticks) // 10],
-        show_y=plain if measure.startswith(_NATS) else in_percent,
+        show_y=in_percent if is_share else plain,
+        y_limits=(0.0, 1.0) if is_share else (-math.inf, math.inf),
         description=f"{name}: {measure} against depth",
     )
     items = counted(found[0][2].get("items", 0), "item")

@@ -44,7 +44,7 @@ h3 { font-size: 14px; margin: 20px 0 6px; color: var(--muted); font-weight: 600;
 .events li::marker { content: "●  "; font-size: 11px; color: var(--muted); }
 .events li.bad::marker { color: var(--bad); } .events li.warn::marker { color: var(--warn); }
 .quiet { color: var(--muted); margin: 6px 0; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr));
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(440px, 100%), 1fr));
   gap: 14px; }
 figure { margin: 0; padding: 14px 14px 6px; min-width: 0; }
 figure.wide { grid-column: 1 / -1; }
@@ -58,7 +58,8 @@ figcaption .note { color: var(--muted); font-size: 13px; }
 svg { display: block; width: 100%; height: auto; font-size: 11.5px; }
 svg text { fill: var(--ink); }
 svg .tick, svg .label { fill: var(--muted); font-variant-numeric: tabular-nums; }
-svg .strong { fill: var(--ink); font-weight: 600; }
+svg .strong { fill: var(--ink); font-weight: 600; paint-order: stroke; stroke: var(--card);
+  stroke-width: 4px; stroke-linejoin: round; }
 svg .middle { text-anchor: middle; } svg .end { text-anchor: end; }
 svg .grid { stroke: var(--rule); } svg .axis { stroke: var(--muted); }
 svg .curve { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }

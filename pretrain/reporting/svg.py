@@ -3,8 +3,9 @@
 import html
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from pretrain.reporting.numbers import plain
 from pretrain.reporting.scale import Kind, Scale, fit
@@ -16,7 +17,16 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 12, 40
 # places that show their values when pointed at
 _SLOTS = 64
 _LINE_HEIGHT = 15
+# beyond the usual ones; more do not fit beside the axis
+_MOST_DIGITS = 4
 _SHOWN_LINES = 9
+
+
+class Show(Protocol):
+    """How a value is written; `more` asks for so many digits beyond the usual ones."""
+
+    def __call__(self, value: float, /, *, more: int = 0) -> str:
+        """The text."""
 
 
 def text_of(value: object) -> str:
@@ -66,10 +76,12 @@ class Chart:
     marks: Sequence[Mark] = ()
     x_kind: Kind = Kind.linear
     y_kind: Kind = Kind.linear
-    show_x: Callable[[float], str] = plain
-    show_y: Callable[[float], str] = plain
+    show_x: Show = plain
+    show_y: Show = plain
     width: int = 520
     height: int = 250
+    y_limits: tuple[float, float] = (-math.inf, math.inf)
+    """Beyond them no value means anything: a linear axis and error bars end there at the latest."""
     x_ticks: Sequence[float] = field(default_factory=tuple)
     """In place of round ones."""
     is_labelled: bool = False
@@ -100,6 +112,7 @@ def draw(chart: Chart) -> str:
         start=chart.height - _BOTTOM,
         stop=_TOP,
         pad=0.14 if chart.is_labelled else 0.06,
+        limits=chart.y_limits,
     )
     parts = [_axes(chart, x, y)]
     parts += [_mark(mark, x, chart) for mark in chart.marks if x.low <= mark.x <= x.high]
@@ -118,18 +131,28 @@ def draw(chart: Chart) -> str:
 def _axes(chart: Chart, x: Scale, y: Scale) -> str:
     bottom, right = chart.height - _BOTTOM, chart.width - _RIGHT
     parts = []
-    for value in y.ticks(5):
+    for value, shown in apart(y.ticks(5), chart.show_y):
         at = f"{y(value):.1f}"
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{at}" y2="{at}"/>')
-        shown = text_of(chart.show_y(value))
+        shown = text_of(shown)
         parts.append(f'<text class="tick end" x="{_LEFT - 8}" y="{at}" dy=".32em">{shown}</text>')
-    for value in chart.x_ticks or x.ticks(chart.width // 90):
-        at, shown = f"{x(value):.1f}", text_of(chart.show_x(value))
+    for value, shown in apart(chart.x_ticks or x.ticks(chart.width // 90), chart.show_x):
+        at, shown = f"{x(value):.1f}", text_of(shown)
         parts.append(f'<text class="tick middle" x="{at}" y="{bottom + 16}">{shown}</text>')
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
     label = f'x="{(_LEFT + right) / 2}" y="{chart.height - 6}"'
     parts.append(f'<text class="label middle" {label}>{text_of(chart.x_label)}</text>')
     return "".join(parts)
+
+
+def apart(values: Sequence[float], show: Show) -> list[tuple[float, str]]:
+    """Values as they are shown, with as many digits as tell each from the others."""
+    texts: list[str] = []
+    for more in range(_MOST_DIGITS):
+        texts = [show(value, more=more) for value in values]
+        if len(set(texts)) == len(values):
+            break
+    return list(zip(values, texts, strict=True))
 
 
 def _mark(mark: Mark, x: Scale, chart: Chart) -> str:
@@ -168,7 +191,7 @@ def _curve(line: Line, x: Scale, y: Scale, *, buckets: int) -> str:
 def _error_bars(line: Line, x: Scale, y: Scale) -> str:
     return "".join(
         f'<line style="stroke:{line.colour}" x1="{x(at):.1f}" x2="{x(at):.1f}" '
-        f'y1="{y(value - error):.1f}" y2="{y(value + error):.1f}"/>'
+        f'y1="{y(max(value - error, y.low)):.1f}" y2="{y(min(value + error, y.high)):.1f}"/>'
         for at, value, error in zip(line.x, line.y, line.errors, strict=False)
         if error and math.isfinite(value) and math.isfinite(error)
     )
@@ -179,7 +202,7 @@ def _dot(point: str, colour: str) -> str:
     return f'<circle r="2.6" cx="{at}" cy="{height}" style="fill:{colour}"/>'
 
 
-def _point_labels(line: Line, x: Scale, y: Scale, show: Callable[[float], str]) -> str:
+def _point_labels(line: Line, x: Scale, y: Scale, show: Show) -> str:
     return "".join(
         f'<text class="tick middle strong" x="{x(at):.1f}" y="{y(value) - 9:.1f}">'
         f"{text_of(show(value))}</text>"

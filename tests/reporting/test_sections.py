@@ -222,3 +222,25 @@ def test_a_trained_and_evaluated_run_has_it_all(workspace):
     for part in ("Depths of all rows", "<h2>Tasks</h2>", "<h2>Samples</h2>", "<td>torch</td>"):
         assert part in page
     assert read_run(workspace / "out/runs/told").scores[0]["items"] == 6
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "edge"),
+    [(0.0, 0.0, "0 %"), (0.0, 0.1, "0 %"), (1.0, 0.0, "100 %"), (0.95, 0.1, "100 %")],
+    ids=str,
+)
+def test_no_axis_of_scores_goes_below_none_or_above_all(make_run, value, error, edge):
+    folder = make_run()
+    scores = {"exact_match": {"value": [value, value], "standard_error": [error, 0.0]}}
+    write_scores(folder, 40, scores=scores)
+    page = render([read_run(folder)])
+    chart = page[page.index("<b>letters</b>") :].split("</figure>")[0]
+    shown = re.findall(r'tick end"[^>]*>([^<]+)<', chart)
+    assert edge in shown
+    assert all(0 <= float(label.removesuffix(" %")) <= 100 for label in shown)
+    ends = [
+        float(end) for pair in re.findall(r'y1="([\d.]+)" y2="([\d.]+)"', chart) for end in pair
+    ]
+    # the figure's own edges: 12 above, 40 below
+    assert min(ends) >= 12
+    assert max(ends) <= 210

@@ -15,7 +15,7 @@ from private_slurm import ROOT, Slurm
 
 from pretrain.loop.lineage import Life, read_lives
 
-STEP_LINE = re.compile(r"^INFO pretrain\.loop\.record: step +\d+/", flags=re.M)
+STEP_LINE = re.compile(r"^step +\d+/", flags=re.M)
 FINISHED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 
 
