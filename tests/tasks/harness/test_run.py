@@ -139,7 +139,9 @@ def ours(
     lines = [{"task": "quiz", "id": f"quiz/{at}"} | item for at, item in enumerate(QUIZ)]
     (folder / "quiz.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (folder / "birds.jsonl").write_text(task_files["birds"].read_text())
-    files = [*task_files.values(), folder / "quiz.jsonl"]
+    # exact answers are left to `evaluate`
+    asked = [path for name, path in task_files.items() if name != "places"]
+    files = [*asked, folder / "quiz.jsonl"]
     options = EvaluateOptions(
         depths=[DEPTH], rows=1, max_new_tokens=NEW_TOKENS, run_code=True, tasks=["all"], **EXIT
     )
