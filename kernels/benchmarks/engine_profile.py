@@ -13,7 +13,6 @@ bytes and what its element by element kernels take longer, 57 ms measured; backw
 measured.
 """
 
-import csv
 import os
 import statistics
 import sys
@@ -29,15 +28,11 @@ from pretrain.engine.world import join, leave
 from pretrain.model.depth import Depth
 from pretrain.model.init import initialize
 from pretrain.model.recurrent import RecurrentModel
-from step import RESULTS, Step
+from step import RESULTS, Step, append
 from step_profile import profile_step
 
 REPEATS = 6
 DEPTHS = (Depth(24, 8), Depth(0, 1))
-COLUMNS = (
-    "update", "no_grad", "with_grad", "forward_ms", "backward_ms", "update_ms", "gpu", "torch",
-    "commit",
-)  # fmt: skip
 
 
 def main() -> None:
@@ -84,20 +79,14 @@ def choose_update(update: str) -> None:
 
 def record(update: str, depth: Depth, seconds: dict[str, float]) -> None:
     """Print and keep the phases of a step."""
-    row = dict.fromkeys(COLUMNS, "") | {
+    row = {
         "update": update, "no_grad": depth.no_grad, "with_grad": depth.with_grad,
         **{f"{name}_ms": round(1e3 * value, 2) for name, value in seconds.items()},
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
         "commit": os.environ.get("PRETRAIN_COMMIT", "unknown"),
     }  # fmt: skip
     print(", ".join(f"{name}: {value}" for name, value in row.items()), flush=True)
-    path = RESULTS / "engine-phases.csv"
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+    append(RESULTS / "engine-phases.csv", row)
 
 
 def once(engine: Engine, step: Step, phases: dict[str, list[float]] | None) -> None:

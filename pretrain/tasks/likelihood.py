@@ -12,10 +12,9 @@ from torch import Tensor
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.engine.world import World
 from pretrain.loop.validation import STATE_SEED
-from pretrain.model.config import CHUNK_TOKENS
 from pretrain.model.depth import Depth
 from pretrain.model.initial_state import initial_states
-from pretrain.model.loss import IGNORED, weighted_sum
+from pretrain.model.loss import IGNORED
 from pretrain.model.recurrent import RecurrentModel
 from pretrain.tasks.prompts import Continuation
 from pretrain.tasks.sharing import Batch, batches_by_length, share
@@ -183,24 +182,17 @@ def _hits(subject: Subject, rows: _Padded) -> list[tuple[int, ...]]:
 @torch.no_grad()
 def _greedy_nats(subject: Subject, rows: _Padded) -> list[tuple[float, bool]]:
     (depth,) = subject.depths
-    hidden_BTD = subject.model(
+    output = subject.model(
         rows.tokens_BT,
         [Depth(depth, 0)] * len(rows.tokens_BT),
         initial_state=rows.state_BTD,
+        labels=rows.labels_BT,
         documents=rows.documents_BT,
-        keep_logits=False,
-    ).hidden
-    embedding, is_scored_BT = subject.model.embedding, rows.labels_BT != IGNORED
-    nats_BT = embedding(None, hidden_BTD, rows.labels_BT)
-    nats_B, _ = weighted_sum(nats_BT, rows.labels_BT, None, dim=1)
-    # all logits of a batch may be far more than its hidden vectors
-    likeliest = [
-        embedding(None, chunk_ND).argmax(-1)
-        for chunk_ND in hidden_BTD[is_scored_BT].split(CHUNK_TOKENS)
-    ]
-    is_missed_BT = torch.zeros_like(is_scored_BT)
-    is_missed_BT[is_scored_BT] = torch.cat(likeliest) != rows.labels_BT[is_scored_BT]
-    is_greedy_B = ~is_missed_BT.any(1)
+        evaluate_depths=subject.depths,
+        measures_hits=True,
+    )
+    (nats_B,), (hits_B,) = output.nats_by_depth, output.hits_by_depth
+    is_greedy_B = hits_B == output.labels_by_row
     return list(zip(nats_B.double().tolist(), is_greedy_B.tolist(), strict=True))
 
 
