@@ -127,10 +127,15 @@ def test_the_console_shows_news_plainly_and_warnings_by_name(
     workspace: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(workspace, tmp_path / "here")
-    done = run_cli(tmp_path / "here", "train", *SMALL, "run.steps=1", "validation.sample_tokens=99")
+    few = ["run.steps=1", "validation.sample_tokens=99"]
+    done = run_cli(tmp_path / "here", "train", *SMALL, *few)
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     assert any(re.match(r"life 1 begins at step 0: 1 rank on \S+$", line) for line in lines)
     assert any(re.match(r"step 1/1  loss \d", line) for line in lines)
     assert any(re.match(r"sample at step 1, r=4: state", line) for line in lines)
     assert any(line.startswith("WARNING pretrain.loop.samples: samples have") for line in lines)
+    too_short = (
+        "WARNING pretrain.train: the run's 512 tokens are fewer than schedule.warmup_tokens=512"
+    )
+    assert any(line.startswith(too_short) for line in lines)
