@@ -139,3 +139,17 @@ def test_the_console_shows_news_plainly_and_warnings_by_name(
         "WARNING pretrain.train: the run's 512 tokens are fewer than schedule.warmup_tokens=512"
     )
     assert any(line.startswith(too_short) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")], ids=str
+)
+def test_threads_that_wait_sleep_unless_told_otherwise(
+    tmp_path: Path, given: dict[str, str], taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    # OpenMP itself says what it has read, when torch loads it
+    done = run_cli(tmp_path, "evaluate", "run.dir=none", OMP_DISPLAY_ENV="TRUE", **given)
+    if "OMP_WAIT_POLICY" not in done.stderr:
+        pytest.skip("this torch has another OpenMP, which does not say")
+    assert set(re.findall(r"OMP_WAIT_POLICY\s*=\s*'(\w+)'", done.stderr)) == {taken}
