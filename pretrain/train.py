@@ -69,6 +69,7 @@ from pretrain.loop.state import (
     check_same_data,
     check_same_tokenizer,
     last_step,
+    total_tokens,
 )
 from pretrain.loop.steps import Session, training_steps
 from pretrain.loop.stragglers import Stragglers
@@ -78,6 +79,7 @@ from pretrain.loop.watchdog import Watchdog
 from pretrain.model.init import initialize
 from pretrain.model.recurrent import RecurrentModel
 from pretrain.optim.effective_rate import effective_rates
+from pretrain.optim.schedule import reaches_peak
 from pretrain.preflight.nvml import read_sensors
 from pretrain.preflight.versions import environment
 
@@ -145,6 +147,8 @@ def _life(config: TrainConfig, world: World, stop: StopSignals, lock: RunLock) -
         return EXIT_SAVED_ON_SIGNAL
     on_rank_0(world, control.open)
     on_rank_0(world, lambda: begin_life(config, run_dir))
+    if world.is_main:
+        _warn_of_the_schedule(config, inputs.state)
     lineage = Lineage(run_dir, world, first_step=inputs.state.step, fence=lock.refresh)
     records: list[Record] = []
 
@@ -171,6 +175,19 @@ def _life(config: TrainConfig, world: World, stop: StopSignals, lock: RunLock) -
     for path in record.finish(exit_code):
         log.info("plot: %s", path)
     return exit_code
+
+
+def _warn_of_the_schedule(config: TrainConfig, state: TrainState) -> None:
+    tokens, schedule = total_tokens(config, state), config.schedule
+    step_tokens = config.batch.global_tokens
+    if not reaches_peak(step_tokens=step_tokens, total_tokens=tokens, config=schedule):
+        log.warning(
+            "the run's %s tokens are fewer than schedule.warmup_tokens=%s and "
+            "schedule.cooldown_tokens=%s together: the rate falls before it has reached "
+            "optimizer.learning_rate=%g. Shorten them, or train longer.",
+            f"{tokens:,}", f"{schedule.warmup_tokens:,}", f"{schedule.cooldown_tokens:,}",
+            config.optimizer.learning_rate,
+        )  # fmt: skip
 
 
 def _reason_to_leave(session: Session) -> str:

@@ -127,10 +127,29 @@ def test_the_console_shows_news_plainly_and_warnings_by_name(
     workspace: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(workspace, tmp_path / "here")
-    done = run_cli(tmp_path / "here", "train", *SMALL, "run.steps=1", "validation.sample_tokens=99")
+    few = ["run.steps=1", "validation.sample_tokens=99"]
+    done = run_cli(tmp_path / "here", "train", *SMALL, *few)
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     assert any(re.match(r"life 1 begins at step 0: 1 rank on \S+$", line) for line in lines)
     assert any(re.match(r"step 1/1  loss \d", line) for line in lines)
     assert any(re.match(r"sample at step 1, r=4: state", line) for line in lines)
     assert any(line.startswith("WARNING pretrain.loop.samples: samples have") for line in lines)
+    too_short = (
+        "WARNING pretrain.train: the run's 512 tokens are fewer than schedule.warmup_tokens=512"
+    )
+    assert any(line.startswith(too_short) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")], ids=str
+)
+def test_threads_that_wait_sleep_unless_told_otherwise(
+    tmp_path: Path, given: dict[str, str], taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    # OpenMP itself says what it has read, when torch loads it
+    done = run_cli(tmp_path, "evaluate", "run.dir=none", OMP_DISPLAY_ENV="TRUE", **given)
+    if "OMP_WAIT_POLICY" not in done.stderr:
+        pytest.skip("this torch has another OpenMP, which does not say")
+    assert set(re.findall(r"OMP_WAIT_POLICY\s*=\s*'(\w+)'", done.stderr)) == {taken}

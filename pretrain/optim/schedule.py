@@ -22,3 +22,9 @@ def learning_rate(
     if rise <= fall:
         return peak * rise
     return max(peak * fall, config.min_learning_rate)
+
+
+def reaches_peak(*, step_tokens: int, total_tokens: int, config: ScheduleConfig) -> bool:
+    """Whether some step of the run has the peak rate: the rise ends before the fall begins."""
+    first_after_rise = max(0, math.ceil(config.warmup_tokens / step_tokens) - 1)
+    return total_tokens - first_after_rise * step_tokens >= max(config.cooldown_tokens, 1)

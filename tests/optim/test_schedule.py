@@ -2,7 +2,7 @@ import pytest
 
 from pretrain.errors import ConfigError
 from pretrain.optim.config import CooldownShape, ScheduleConfig
-from pretrain.optim.schedule import learning_rate
+from pretrain.optim.schedule import learning_rate, reaches_peak
 
 STEP = 10
 
@@ -78,3 +78,15 @@ def test_depends_on_tokens_not_on_steps() -> None:
 def test_after_the_end_the_rate_is_the_minimum() -> None:
     config = ScheduleConfig(warmup_tokens=0, cooldown_tokens=100, min_learning_rate=0.25)
     assert learning_rate(999, step_tokens=1, total_tokens=500, peak=1.0, config=config) == 0.25
+
+
+def test_a_run_that_is_too_short_for_its_peak_is_known() -> None:
+    answers = set()
+    for steps in range(1, 12):
+        for warmup in (0, 1, 35, 40):
+            for cooldown in (0, 1, 35, 40):
+                config = ScheduleConfig(warmup_tokens=warmup, cooldown_tokens=cooldown)
+                reaches = reaches_peak(step_tokens=STEP, total_tokens=steps * STEP, config=config)
+                assert reaches == (max(rates(steps, warmup=warmup, cooldown=cooldown)) == 2.0)
+                answers.add(reaches)
+    assert answers == {True, False}
