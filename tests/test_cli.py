@@ -114,12 +114,12 @@ def leaves(node: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def test_a_reader_that_leaves_early_gets_no_traceback(tmp_path: Path) -> None:
-    # 20 kB, more than `head` takes: the rest meets a pipe that is closed
-    command = f"{sys.executable} -m pretrain train --help | head -c 1; echo ${{PIPESTATUS[0]}}"
+    # gone long before the interpreter has started
+    command = f"{sys.executable} -m pretrain train --help | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(
         ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
-    assert done.stdout == "T141\n"
+    assert done.stdout == "141\n"
     assert done.stderr == ""
 
 
