@@ -86,10 +86,12 @@ class _ConsoleLines(Redacting):
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its code (0, 64, 65, 70 or 75)."""
-    # Before torch is loaded. Threads that spin while they wait for each other, OpenMP's default,
-    # take 25 times as long on two cores that have other work: 70 to 240 tokens/s of the tiny
-    # model, where threads that sleep make 2,900 to 3,600.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Before torch is loaded. OpenMP's threads spin a long while before they sleep until the others
+    # come, which on two cores that have other work made 70 to 240 tokens/s of the tiny model. On
+    # idle cores, against no spinning at all, so much of it makes 5,500 instead of 3,000; on cores
+    # shared with two busy programs 1,900 instead of 2,700.
+    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+        os.environ["GOMP_SPINCOUNT"] = "10000"
     code = _run(list(sys.argv[1:] if arguments is None else arguments))
     try:
         sys.stdout.flush()
