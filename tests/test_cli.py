@@ -151,6 +151,6 @@ def test_threads_that_wait_sleep_soon_unless_told_otherwise(
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     # OpenMP itself says what it has read, when torch loads it
     done = run_cli(tmp_path, "evaluate", "run.dir=none", OMP_DISPLAY_ENV="VERBOSE", **given)
-    if "GOMP_SPINCOUNT" not in done.stderr:
+    if sys.platform != "linux":
         pytest.skip("this torch has another OpenMP, which does not say")
     assert set(re.findall(r"GOMP_SPINCOUNT\s*=\s*'(\w+)'", done.stderr)) == {taken}

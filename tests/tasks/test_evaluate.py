@@ -110,16 +110,22 @@ def found(folder: Path) -> Found:
     }
 
 
-def plain_nats(trained: Trained, ids: list[int], scored: int, depth: int) -> float:
-    """Nats of the last `scored` tokens, from the logits of one pass over one row."""
+def plain_logits(trained: Trained, ids: list[int], depth: int) -> torch.Tensor:
+    """Logits after each token but the last, from one pass over one row."""
     config = trained.config.model
     state = initial_states(
         [0], seed=STATE_SEED, context=len(ids) - 1, width=config.width, sigma=config.state_sigma
     )
     with torch.no_grad():
-        logits = trained.model(
+        logits: torch.Tensor = trained.model(
             torch.tensor([ids[:-1]]), [Depth(depth, 0)], initial_state=state
         ).logits[0]
+    return logits
+
+
+def plain_nats(trained: Trained, ids: list[int], scored: int, depth: int) -> float:
+    """Nats of the last `scored` tokens, from the logits of one pass over one row."""
+    logits = plain_logits(trained, ids, depth)
     nats = -logits.double().log_softmax(-1)[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]
     return float(nats[len(nats) - scored :].sum())
 
@@ -316,15 +322,7 @@ def test_hits_are_those_of_the_likeliest_tokens(
 
 def plain_likeliest(trained: Trained, ids: list[int], depth: int) -> list[int]:
     """The likeliest token after each but the last."""
-    config = trained.config.model
-    state = initial_states(
-        [0], seed=STATE_SEED, context=len(ids) - 1, width=config.width, sigma=config.state_sigma
-    )
-    with torch.no_grad():
-        logits = trained.model(
-            torch.tensor([ids[:-1]]), [Depth(depth, 0)], initial_state=state
-        ).logits[0]
-    likeliest: list[int] = logits.argmax(-1).tolist()
+    likeliest: list[int] = plain_logits(trained, ids, depth).argmax(-1).tolist()
     return likeliest
 
 
