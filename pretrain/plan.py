@@ -12,7 +12,7 @@ from rich.table import Table
 
 from pretrain.budget import RESERVED_SHARE, Plan, Price, advice, make_plan, usable_bytes
 from pretrain.config import TrainConfig
-from pretrain.engine.config import EngineConfig, Precision
+from pretrain.engine.config import EngineConfig
 from pretrain.engine.memory import GIB, Memory, checkpoint_bytes, rank_memory
 from pretrain.model.balance import Wait
 from pretrain.model.config import Curriculum
@@ -131,11 +131,9 @@ def _memory_table(plan: Plan) -> Table:
 
 def _engine_at(engine: EngineConfig, stage: int, is_checkpointed: bool) -> EngineConfig:
     """The engine at another stage, less what would be refused there because it does nothing."""
-    has_overlap = engine.overlap_comm and not (stage == 1 and engine.precision is Precision.bf16)
     return dataclasses.replace(
         engine,
         zero_stage=stage,
-        overlap_comm=has_overlap,
         checkpoint_activations=is_checkpointed,
         kept_iterations=engine.kept_iterations if is_checkpointed else 0,
     )

@@ -137,7 +137,7 @@ def test_kept_iterations_are_not_recomputed():
     ],
 )
 def test_memory_of_other_stages_is_shown_whatever_is_configured(overrides, text, capsys):
-    """Neither kept iterations nor overlap may stand where they would be refused."""
+    """Kept iterations may not stand where they would be refused."""
     main(load("train", [*HUGINN, *overrides]))
     output = capsys.readouterr().out
     assert text in output

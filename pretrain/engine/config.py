@@ -43,7 +43,7 @@ class EngineConfig:
     zero3_persistent_elements: int = 100_000
     """Under ZeRO-3, tensors of at most this many elements stay whole on every rank."""
     overlap_comm: bool = False
-    """Overlap gradient reduction with the backward pass (has been wrong in the past: off)."""
+    """Sum gradients over ranks while the backward pass runs that makes them."""
     deterministic: bool = False
     """Only deterministic kernels on the GPU; the CPU is always deterministic."""
     timeout_s: int = 1800
@@ -52,11 +52,6 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.zero_stage not in (1, 2, 3):
             raise ConfigError(f"engine.zero_stage={self.zero_stage} must be 1, 2 or 3.")
-        if self.overlap_comm and self.zero_stage == 1 and self.precision is Precision.bf16:
-            raise ConfigError(
-                "engine.overlap_comm=true does nothing with engine.zero_stage=1 and "
-                "engine.precision=bf16, which reduce once per step; use engine.zero_stage=2."
-            )
         if (self.kept_iterations and not self.checkpoint_activations) or self.kept_iterations < 0:
             raise ConfigError(
                 f"engine.kept_iterations={self.kept_iterations} must be 0 or more, and all are "

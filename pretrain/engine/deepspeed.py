@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.config import TrainConfig
-from pretrain.engine.config import Precision
+from pretrain.engine.config import EngineConfig, Precision
 from pretrain.engine.ds_config import build_deepspeed_config
 from pretrain.engine.partitions import check_complete, find_partitions, refresh_weights
 from pretrain.engine.update import Update
@@ -73,7 +73,7 @@ class Engine:
         self.optimizer.layout = self.layout
         self._part_norms = PartNorms(self.optimizer, self.layout)
         self._gradient_clip = config.optimizer.gradient_clip
-        self._update = self._take_over()
+        self._update = self._take_over(config.engine)
         self._check(names)
         if config.engine.precision is Precision.bf16:
             self._set_masters(initial)
@@ -129,11 +129,11 @@ class Engine:
         by = max(norm / clip, 1.0) if clip else 1.0
         return {name: value * by for name, value in self._part_norms.take().items()}
 
-    def _take_over(self) -> Update | None:
+    def _take_over(self, config: EngineConfig) -> Update | None:
         from pretrain.engine.takeover import take_over
 
         return take_over(
-            self._engine.optimizer, self.optimizer, self.layout,
+            self._engine.optimizer, self.optimizer, self.layout, config,
             rank=self.world.rank, clip=self._gradient_clip,
         )  # fmt: skip
 

@@ -1,8 +1,8 @@
 """Memory of one rank under each ZeRO stage, before anything is allocated. Torch-free.
 
-Weights, gradients, masters and moments are exact. Buckets are the buffers that DeepSpeed 0.19
-allocates, activations what pretrain/model/activations.py counts; both are estimates. Contexts and
-workspaces of libraries, and fragmentation, are not in the sum.
+Weights, gradients, masters and moments are exact. Buckets are the buffers that DeepSpeed 0.19 and
+pretrain/engine/reduction.py allocate, activations what pretrain/model/activations.py counts; both
+are estimates. Contexts and workspaces of libraries, and fragmentation, are not in the sum.
 """
 
 from dataclasses import dataclass
@@ -53,10 +53,12 @@ def rank_memory(
     parameters = sum(counts.values())
     share = -(-parameters // ranks)
     element = element_bytes(engine.precision)
-    # reduced in float32; stages 2 and 3 first collect them in the precision of the weights
-    bucket = _FP32_BYTES + (element if engine.zero_stage > 1 else 0)
-    bucket *= min(engine.bucket_elements, parameters)
-    buffers = bucket * (2 if engine.overlap_comm else 1)
+    # reduced in float32
+    buffers = _FP32_BYTES * min(engine.bucket_elements, parameters)
+    if engine.zero_stage == 3 or (engine.zero_stage == 2 and element == _FP32_BYTES):
+        # DeepSpeed's: first collected in the precision of the weights, twice if they overlap
+        buffers += element * min(engine.bucket_elements, parameters)
+        buffers *= 2 if engine.overlap_comm else 1
     if engine.zero_stage == 3:
         # the whole core is gathered at once, and its gradients leave together
         buffers += 2 * element * (counts["core"] + counts["adapter"])

@@ -6,8 +6,9 @@ DeepSpeed's own sequence costs these passes besides the optimizer's (bytes per p
     clip 8, round the weights 6; ZeRO-2 also looks for inf 8
 
 Here a step's first gradient starts its sum (6), norms are one pass (4), and the optimizer clips and
-rounds on its way (2). Hooks, buckets, the sum over ranks and the gathering of weights stay
-DeepSpeed's. ZeRO-3 and fp32 runs keep its whole sequence: there partitions are updated in pieces.
+rounds on its way (2). Sums over ranks are ours where they overlap with the backward pass and under
+ZeRO-2 (`reduction`). Hooks, other sums and the gathering of weights stay DeepSpeed's. ZeRO-3 and
+fp32 runs keep its whole sequence: there partitions are updated in pieces.
 
 The classes below override methods of DeepSpeed 0.19.8 that they know; with any other version
 `take_over` does nothing but say so. This module imports deepspeed, so it is imported when an engine
@@ -18,12 +19,15 @@ import logging
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed import __version__ as deepspeed_version
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.utils import all_gather_dp_groups
-from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
-from torch import Tensor
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor, nn
 
+from pretrain.engine.config import EngineConfig
+from pretrain.engine.reduction import Beside, EarlySums, Home, ShardedSums
 from pretrain.engine.update import Update
 from pretrain.optim.adamw import AdamW
 from pretrain.optim.ellis_adam import EllisAdam
@@ -39,11 +43,15 @@ class Zero1(BF16_Optimizer):
     """What DeepSpeed makes of ZeRO-1 with bf16 weights and fp32 sums of gradients."""
 
     update: Update
+    early: EarlySums | None
+    """None: all sums are reduced after the last backward pass, by DeepSpeed."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update, gather the weights of all ranks, and forget the gradient."""
         assert closure is None
+        if self.early is not None:
+            self.early.join()
         self._global_grad_norm = self.update(self.fp32_groups_gradient_flat_partition)
         self.overflow = self._global_grad_norm == torch.inf
         if self.update.is_applied:
@@ -64,6 +72,8 @@ class Zero1(BF16_Optimizer):
         add_gradient(total, lp.grad.reshape(-1), is_first=not has_gradient[param_idx])
         lp._hp_grad = total  # type: ignore[attr-defined]
         has_gradient[param_idx] = True
+        if self.early is not None and self.is_gradient_accumulation_boundary():
+            self.early.finished(total)
 
     @torch.no_grad()
     def get_grads_for_reduction(self) -> Any:
@@ -74,7 +84,9 @@ class Zero1(BF16_Optimizer):
             for total, has in zip(totals, has_gradient, strict=True):
                 if not has:
                     total.zero_()
-        return super().get_grads_for_reduction()
+        if self.early is None:
+            return super().get_grads_for_reduction()
+        return self.early.left([t for totals in self.fp32_groups_gradients for t in totals]), {}
 
     def clear_hp_grads(self) -> None:
         """Forget the sums: the next gradients overwrite them, and padding is zero for good."""
@@ -86,27 +98,37 @@ class Zero2(DeepSpeedZeroOptimizer):
     """What DeepSpeed makes of ZeRO-2 with bf16 weights and fp32 sums of gradients."""
 
     update: Update
+    sums: ShardedSums
+
+    @torch.no_grad()
+    def process_gradients(self, param: nn.Parameter, i: int) -> None:
+        """Of a parameter's hook: its gradient, of group i, goes to the ranks that update it."""
+        assert param.grad is not None
+        self.sums.add(param, param.grad)
+        param.grad = None
+
+    @torch.no_grad()
+    def independent_gradient_partition_epilogue(self) -> None:
+        """Of the end of a backward pass."""
+        self.sums.flush()
+        self._epilogue_ran_this_backward = True
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update, gather the weights of all ranks, and forget the gradient."""
         assert closure is None
-        self.micro_step_id = INITIAL_MICRO_STEP_ID
-        groups = range(len(self.bit16_groups))
-        gradients = [self._get_preflattened_grad_partition(group) for group in groups]
-        self._global_grad_norm = self.update(gradients)
+        self._global_grad_norm = self.update(self.sums.take())
         self.overflow = self._global_grad_norm == torch.inf
-        for group in groups:
-            self.averaged_gradients[group] = self.all_grad_tensors[group] = None
-        self.zero_grad(set_to_none=True)
+        self.sums.forget()
         if self.update.is_applied:
             self._lazy_init_hp_params_optimizer_state()
             gather(self, self.bit16_groups_flat, self.parallel_partitioned_bit16_groups)
 
 
 def take_over(
-    zero: Any, optimizer: EllisAdam | AdamW, layout: Layout, *, rank: int, clip: float
-) -> Update | None:
+    zero: Any, optimizer: EllisAdam | AdamW, layout: Layout, config: EngineConfig,
+    *, rank: int, clip: float,
+) -> Update | None:  # fmt: skip
     """Give `zero`, which DeepSpeed made, our step; None where DeepSpeed's own stays."""
     if type(zero) is BF16_Optimizer and zero.immediate_grad_update:
         taken, partitions = Zero1, zero.bf16_partitioned_groups
@@ -123,9 +145,33 @@ def take_over(
         return None
     rounded = [partition[rank] for partition in partitions]
     zero.update = Update(optimizer, layout, rounded, clip=clip)
+    beside = Beside(rounded[0].device, overlaps=config.overlap_comm)
+    if taken is Zero1:
+        group = zero.real_dp_process_group[0]
+        has_others = config.overlap_comm and dist.get_world_size(group) > 1
+        zero.early = EarlySums(beside, group) if has_others else None
+    else:
+        zero.sums = sharded_sums(zero, layout, beside, config.bucket_elements)
     # The object has hooks on every parameter by now; its class is what they look methods up in.
     zero.__class__ = taken
     return zero.update
+
+
+def sharded_sums(zero: Any, layout: Layout, beside: Beside, bucket_elements: int) -> ShardedSums:
+    """For the parameters of DeepSpeed's groups, which are those of the layout's partitions."""
+    totals = [torch.zeros_like(partition.flat) for partition in layout.partitions]
+    homes = {
+        parameters[fragment.tensor]: Home(total, fragment)
+        for parameters, partition, total in zip(
+            zero.bit16_groups, layout.partitions, totals, strict=True
+        )
+        for fragment in partition.fragments
+    }
+    elements = sum(p.numel() for parameters in zero.bit16_groups for p in parameters)
+    return ShardedSums(
+        totals, homes, beside,
+        bucket_elements=min(bucket_elements, elements), group=zero.real_dp_process_group[0],
+    )  # fmt: skip
 
 
 def gather(zero: Any, flats: list[Tensor], partitions: list[list[Tensor]]) -> None:

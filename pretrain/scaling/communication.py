@@ -1,9 +1,10 @@
 """What ranks exchange in a step under each ZeRO stage, and how long they stand still for it.
 
-What DeepSpeed 0.19 does with our settings: gradients travel in float32. Stage 1 all-reduces them
-once a step; stage 2 all-reduces every bucket in every micro-step and keeps its own part; stage 3
-reduce-scatters them in every micro-step, and gathers the weights for each forward and each
-backward pass. Stages 1 and 2 gather the updated weights once a step.
+Gradients travel in float32. Stage 1 all-reduces them once a step; stage 2 all-reduces every bucket
+in every micro-step and keeps its own part; stage 3 reduce-scatters them in every micro-step, and
+gathers the weights for each forward and each backward pass. Stages 1 and 2 gather the updated
+weights once a step. With engine.overlap_comm gradients travel during the backward pass that makes
+them, under stage 1 the last one of the step.
 """
 
 from dataclasses import dataclass
@@ -26,11 +27,11 @@ class Communication:
     """Seconds in which a rank computes nothing because bytes travel."""
 
     per_step_s: float
-    """Once a step, after the last backward pass."""
+    """Once a step, less what is hidden under the last backward pass."""
     per_micro_step_s: float
-    """In every micro-step, less what is hidden under the backward pass."""
+    """In every micro-step, less what is hidden under its backward pass."""
     hidden_s: float
-    """Of a micro-step, under the backward pass: engine.overlap_comm."""
+    """Under a backward pass: of every micro-step, under stage 1 of the last."""
 
     def of_step(self, micro_steps: int) -> float:
         """Of a whole step."""
@@ -47,7 +48,10 @@ def communication(config: TrainConfig) -> Communication:
     if engine.zero_stage == 1:
         reduced = collectives.all_reduce(gradients, pieces=buckets)
         updated = collectives.gather(weights, pieces=buckets)
-        return Communication(per_step_s=reduced + updated, per_micro_step_s=0.0, hidden_s=0.0)
+        hidden = _hidden_s(config, reduced)
+        return Communication(
+            per_step_s=reduced - hidden + updated, per_micro_step_s=0.0, hidden_s=hidden
+        )
     if engine.zero_stage == 2:
         per_step = collectives.gather(weights, pieces=buckets)
         reduced, gathered = collectives.all_reduce(gradients, pieces=buckets), 0.0
@@ -56,12 +60,15 @@ def communication(config: TrainConfig) -> Communication:
         calls = _GATHERS_PER_LAYER * (model.prelude_layers + model.coda_layers) + _GATHERS_ELSEWHERE
         reduced = collectives.gather(gradients, pieces=buckets)
         gathered = 2 * collectives.gather(weights, pieces=calls)
-    hidden = min(reduced, _micro_backward_s(config)) if engine.overlap_comm else 0.0
+    hidden = _hidden_s(config, reduced)
     return Communication(
         per_step_s=per_step, per_micro_step_s=reduced - hidden + gathered, hidden_s=hidden
     )
 
 
-def _micro_backward_s(config: TrainConfig) -> float:
+def _hidden_s(config: TrainConfig, reduced_s: float) -> float:
+    if not config.engine.overlap_comm:
+        return 0.0
     _, with_grad, recomputed = mean_row_iterations(config, config.depth)
-    return config.batch.micro_rows * RowSeconds.of(config).backward_s(with_grad, recomputed)
+    backward_s = RowSeconds.of(config).backward_s(with_grad, recomputed)
+    return min(reduced_s, config.batch.micro_rows * backward_s)

@@ -38,6 +38,8 @@ def case_config(case: Case, ranks: int) -> TrainConfig:
             zero_stage=case["stage"],
             precision=Precision[case.get("precision", "fp32")],
             checkpoint_activations=case.get("checkpointed", False),
+            overlap_comm=case.get("overlap", False),
+            bucket_elements=case.get("bucket", 200_000_000),
         ),
         "batch": BatchConfig(
             global_tokens=ROWS * 8, micro_rows=ROWS // (ranks * case.get("accumulation", 1))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from pretrain.engine import takeover
 from pretrain.engine.config import Precision
 from pretrain.engine.deepspeed import Engine
+from pretrain.engine.reduction import EarlySums
 from pretrain.engine.world import World
 from pretrain.loop.config import BatchConfig
 from pretrain.optim.config import EllisAdamConfig
@@ -22,6 +23,7 @@ def pairs(world: World, cases: list[Case]) -> list[dict[str, Any]]:
     """Four steps of each case, with our update and with DeepSpeed's own; results on rank 0."""
     found = []
     for case in cases:
+        EarlySums.LEAST = case.get("least", 1 << 14)
         ours = steps(world, case)
         known, takeover.KNOWN_VERSION = takeover.KNOWN_VERSION, "0.0.0"
         try:
@@ -35,6 +37,7 @@ def pairs(world: World, cases: list[Case]) -> list[dict[str, Any]]:
 def steps(world: World, case: Case) -> dict[str, Any]:
     """Three applied steps and, after the first, one that is not finite and one that is held."""
     engine, config = RANKS.new_engine(world, case)
+    late = late_sums(engine)
     results = [RANKS.train_step(engine, config, 0)]
     before = everything(engine)
     results.append(RANKS.train_step(engine, config, 1, poison))
@@ -48,9 +51,25 @@ def steps(world: World, case: Case) -> dict[str, Any]:
         "class": type(engine._engine.optimizer).__name__,
         "results": results,
         "untouched": bool(world.sum([float(is_untouched)])[0] == world.size),
+        "late": late,
         "first": before,
         "last": everything(engine),
     }
+
+
+def late_sums(engine: Engine) -> list[tuple[int, int]]:
+    """Of each step to come: how many sums are left to its end, of how many."""
+    early, found = getattr(engine._engine.optimizer, "early", None), []
+    if early is not None:
+        left = early.left
+
+        def counted(totals: list[Tensor]) -> list[Tensor]:
+            late = left(totals)
+            found.append((len(late), len(totals)))
+            return late  # type: ignore[no-any-return]
+
+        early.left = counted
+    return found
 
 
 def everything(engine: Engine) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 import pytest
 
-from pretrain.engine.config import CheckpointConfig, Precision
+from pretrain.engine.config import CheckpointConfig
 from pretrain.errors import ConfigError
 from pretrain.testing import tiny_engine
 
@@ -12,7 +12,6 @@ from pretrain.testing import tiny_engine
         ({"bucket_elements": 0}, "bucket_elements=0"),
         ({"timeout_s": 0}, "timeout_s=0"),
         ({"zero3_persistent_elements": -1}, "zero3_persistent_elements=-1"),
-        ({"overlap_comm": True, "precision": Precision.bf16}, "overlap_comm=true does nothing"),
     ],
 )
 def test_what_cannot_run_is_refused(change: dict[str, object], message: str) -> None:

@@ -20,6 +20,9 @@ CASES = [
         (2, 0.0, {}),
         (1, 0.1, {}),
         (2, 0.1, {"optimizer": "adamw"}),
+        # 997 elements: tensors are cut. All or some tensors travel early, all or some late.
+        (2, 0.0, {"overlap": True, "bucket": 997, "least": 1}),
+        (2, 0.0, {"overlap": True, "bucket": 5, "least": 600}),
     )
 ]
 
@@ -51,6 +54,17 @@ def test_the_update_is_deepspeed_s(found: dict[int, list[Any]], ranks: int, inde
     for key, value in ours["first"].items():
         rtol, atol = limits.get(key.split("/")[0], (0.0, 3e-7))
         torch.testing.assert_close(value, theirs["first"][key], rtol=rtol, atol=atol, msg=key)
+
+
+def test_zero_1_reduces_large_sums_during_the_last_backward_pass(found: dict[int, Any]) -> None:
+    """Nothing where one rank has nobody to exchange with, or nothing is to overlap."""
+    for index, case in enumerate(CASES):
+        early = case["stage"] == 1 and case.get("overlap")
+        late = found[2][index]["ours"]["late"]
+        assert found[1][index]["ours"]["late"] == []
+        assert len(late) == (5 if early else 0)
+        for left, everything in late:
+            assert left == 0 if case["least"] == 1 else 0 < left < everything
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -86,6 +86,14 @@ def test_overlap_hides_at_most_the_backward_pass():
     assert over.per_micro_step_s + over.hidden_s == pytest.approx(plain.per_micro_step_s)
 
 
+def test_stage_1_overlaps_once_a_step():
+    plain = communication(huginn(4, zero_stage=1))
+    over = communication(huginn(4, zero_stage=1, overlap_comm=True))
+    assert plain.hidden_s == over.per_micro_step_s == 0
+    assert over.hidden_s == communication(huginn(4, zero_stage=2)).per_micro_step_s
+    assert over.per_step_s + over.hidden_s == pytest.approx(plain.per_step_s)
+
+
 def test_larger_buckets_save_latency_only():
     small, large = (
         communication(huginn(512, bucket_elements=elements))
