@@ -2,7 +2,7 @@
 
     python kernels/benchmarks/step.py paths=fused rows=1 depths=8/8,56/8,24/4 parity=0
     python kernels/benchmarks/engine.py gpus=2 zero=1,2 accumulation=4 scope=step,row \
-        data=files data.root=... ...
+        overlap=false,true data=files data.root=... ...
 
 A bare pass of a row takes a + b n + c k seconds, fitted to the rows of results/step.csv of this
 card. share_of_bare is what the realised depths of the timed steps would take by that, on ranks that
@@ -35,8 +35,8 @@ from step import RESULTS, append, card
 WARM_STEPS = 2
 OPTIONS = {
     "preset": "huginn-3.5b", "gpus": "1", "zero": "1", "accumulation": "1,8", "path": "fused",
-    "scope": "row", "precision": "same", "seconds": "25", "results": str(RESULTS),
-    "runs": str(FOLDER),
+    "scope": "row", "precision": "same", "overlap": "false", "seconds": "25",
+    "results": str(RESULTS), "runs": str(FOLDER),
 }  # fmt: skip
 # by the name of the option: the name in step.csv, and what asks for it
 PRECISIONS = {
@@ -54,6 +54,8 @@ class Setting:
     zero: int
     accumulation: int
     scope: str
+    overlap: str
+    """engine.overlap_comm."""
     path: str
     precision: str
     """As in step.csv."""
@@ -64,12 +66,12 @@ class Setting:
         """Of the folder of its run."""
         return "-".join(
             ["engine", self.path, self.precision, f"{self.gpus}-zero{self.zero}",
-             f"{self.accumulation}-{self.scope}"]
+             f"{self.accumulation}-{self.scope}", *(["overlap"] * (self.overlap == "true"))]
         )  # fmt: skip
 
 
 def main(words: list[str]) -> None:
-    """Run, time and report every combination of stage, accumulation and scope."""
+    """Run, time and report every combination of stage, accumulation, scope and overlap."""
     options, overrides = dict(OPTIONS), []
     for word in words:
         key, _, value = word.partition("=")
@@ -106,18 +108,20 @@ def settings(options: dict[str, str], overrides: list[str]) -> Iterator[Setting]
     preset = [] if options["preset"] == "tiny" else [f"experiment={options['preset']}"]
     context = load("train", [*preset, *overrides], resumes=False).model.context
     gpus, (precision, narrow) = int(options["gpus"]), PRECISIONS[options["precision"]]
-    for zero, accumulation, scope in product(
+    for zero, accumulation, scope, overlap in product(
         map(int, options["zero"].split(",")),
         map(int, options["accumulation"].split(",")),
         options["scope"].split(","),
+        options["overlap"].split(","),
     ):
         yield Setting(
-            gpus=gpus, zero=zero, accumulation=accumulation, scope=scope, path=options["path"],
-            precision=precision,
+            gpus=gpus, zero=zero, accumulation=accumulation, scope=scope, overlap=overlap,
+            path=options["path"], precision=precision,
             overrides=[
                 *preset, f"engine=zero{zero}-bf16", f"model.path={options['path']}", *narrow,
                 f"batch.global_tokens={context * gpus * accumulation}", "batch.micro_rows=1",
-                f"depth.scope={scope}", "schedule.warmup_tokens=0", "schedule.cooldown_tokens=0",
+                f"depth.scope={scope}", f"engine.overlap_comm={overlap}",
+                "schedule.warmup_tokens=0", "schedule.cooldown_tokens=0",
                 "run.tokens=null", "run.steps=4000", "checkpoint.every_steps=100000",
                 "validation.every_steps=100000", f"validation.rows={gpus}",
                 "validation.depths=[1]", *overrides,
@@ -214,6 +218,7 @@ def report(
     row = {
         "scope": setting.scope, "path": setting.path, "precision": setting.precision,
         "gpus": setting.gpus, "zero": setting.zero, "accumulation": setting.accumulation,
+        "overlap": setting.overlap,
         "kept_iterations": "" if kept is None else kept,
         "steps": len(taken), "seconds": round(seconds, 2),
         "tokens_per_s_per_gpu": round(tokens / seconds / setting.gpus, 1),

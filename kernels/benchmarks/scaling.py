@@ -326,12 +326,15 @@ def _rates(config: TrainConfig) -> str:
 def engine_runs() -> list[tuple[dict[str, str], float]]:
     """Rows of results/engine.csv, with what is predicted for their steps at the realised depths."""
     with (RESULTS / "engine.csv").open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["gpu"] == H200]
+        rows = [
+            row for row in csv.DictReader(file) if row["gpu"] == H200 and row["precision"] == "bf16"
+        ]
     found = []
     for row in rows:
         gpus, accumulation = int(row["gpus"]), int(row["accumulation"])
         config = load("train", [
             *HUGINN, f"engine=zero{row['zero']}-bf16", f"depth.scope={row['scope']}",
+            f"engine.overlap_comm={row['overlap']}",
             f"cluster.gpus_per_node={gpus}", f"batch.global_tokens={4096 * gpus * accumulation}",
         ])  # fmt: skip
         count, first = config.rows_per_step, WARM_STEPS
@@ -347,16 +350,17 @@ def engine_runs() -> list[tuple[dict[str, str], float]]:
 def engine_table() -> str:
     """Whole steps of the fused path through the engine, whose passes alone were fitted."""
     lines = [
-        "| GPUs | stage | one depth per | micro-steps | update | steps | tokens/s of a GPU: "
-        "measured | predicted | error of the total time | outside of passes: measured "
+        "| GPUs | stage | overlap | one depth per | micro-steps | update | steps | tokens/s of a "
+        "GPU: measured | predicted | error of the total time | outside of passes: measured "
         "| predicted |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row, predicted_s in engine_runs():
         seconds, speed = float(row["seconds"]), float(row["tokens_per_s_per_gpu"])
         ideal_s = float(row["share_of_bare"]) * seconds
         lines.append(
-            f"| {row['gpus']} | ZeRO-{row['zero']} | {row['scope']} | {row['accumulation']} "
+            f"| {row['gpus']} | ZeRO-{row['zero']} | {'yes' if row['overlap'] == 'true' else 'no'} "
+            f"| {row['scope']} | {row['accumulation']} "
             f"| {'DeepSpeed' if row['commit'] in BEFORE_OURS else 'ours'} | {row['steps']} "
             f"| {speed:,.0f} | {speed * seconds / predicted_s:,.0f} "
             f"| {predicted_s / seconds - 1:+.1%} | {1 - ideal_s / seconds:.1%} "
