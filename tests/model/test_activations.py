@@ -156,7 +156,7 @@ def test_a_fused_row_keeps_what_is_counted(form, kept):
     assert output.nats.requires_grad
     expected = row_activation_bytes(form, 4, element_bytes=2, kept_iterations=kept)
     expected += form.context * form.vocabulary_size * 2
-    expected += float8_bytes(form, 4)
+    expected += float8_bytes(form, has_coda=True)
     assert total == pytest.approx(expected, rel=0.01)
 
 
