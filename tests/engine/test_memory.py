@@ -146,5 +146,44 @@ def test_kept_iterations_count_between_none_and_all():
     assert kept[-1] == total()
 
 
+# a layer's weights, which are bytes in float8, and its scales, four bytes each
+LAYER = 4 * 5280**2 + 3 * 17920 * 5280
+OUTPUTS, INPUTS = 5 * 5280 + 2 * 17920, 3 * 5280 + 17920
+
+
+def activations(*, micro_steps, stage, precisions):
+    # a small head, so that the fullest moment is in the core
+    model = dataclasses.replace(
+        HUGINN, path=ComputePath.fused, vocabulary_size=8,
+        **dict.fromkeys(precisions, ProductPrecision.fp8),
+    )  # fmt: skip
+    engine = dataclasses.replace(BF16, zero_stage=stage)
+    found = rank_memory(model, engine, backprop=8, ranks=1, micro_rows=1, micro_steps=micro_steps)
+    return found.activations
+
+
+@pytest.mark.parametrize(
+    ("precisions", "more"),
+    [
+        ([], 0),
+        (["no_grad_precision"], 4 * (LAYER + 4 * OUTPUTS)),
+        (["grad_precision"], 2 * (2 * LAYER + 4 * (OUTPUTS + INPUTS))),
+    ],
+    ids=["bf16", "prefix", "all"],
+)
+def test_float8_copies_stay_where_there_are_several_micro_steps(precisions, more):
+    """1.6 GB of the core; with gradient in float8, whose copies are there anyway, of the coda."""
+    found = {
+        (stage, micro_steps): activations(
+            micro_steps=micro_steps, stage=stage, precisions=precisions
+        )
+        for stage in (1, 2, 3)
+        for micro_steps in (1, 2, 8)
+    }
+    alone = found[1, 1]
+    for (stage, micro_steps), size in found.items():
+        assert size - alone == (more if stage < 3 and micro_steps > 1 else 0), (stage, micro_steps)
+
+
 def test_a_checkpoint_is_weights_and_two_moments_in_fp32():
     assert checkpoint_bytes(HUGINN) == 12 * PARAMETERS
