@@ -78,6 +78,7 @@ class Plan:
             backprop=config.depth.backprop,
             ranks=config.cluster.ranks,
             micro_rows=config.batch.micro_rows,
+            micro_steps=self.micro_steps,
         )
 
     @property

@@ -21,6 +21,7 @@ from pretrain.loop.plots import plot_depth_curve
 from pretrain.loop.state import check_same_data, check_same_tokenizer
 from pretrain.loop.trained import Trained, load_trained
 from pretrain.loop.validation import validate
+from pretrain.model.fixed import fixed_weights
 from pretrain.tasks.config import EvaluateOptions
 from pretrain.tasks.likelihood import Subject
 from pretrain.tasks.measure import check_options, measure
@@ -56,7 +57,8 @@ def _measure_held_out(
     data = trained.config.data
     check_same_data(trained.state, open_manifest(data).fingerprint, data.shards)
     held_out = valid_rows(data, rows=options.rows, rank=world.rank, ranks=world.size)
-    result = validate(trained.model, trained.config, world, held_out, depths=options.depths)
+    with fixed_weights(trained.model):
+        result = validate(trained.model, trained.config, world, held_out, depths=options.depths)
     if world.is_main:
         _report(run_dir, trained.step, result)
 

@@ -146,13 +146,15 @@ def _recomputed(engine: EngineConfig) -> str:
 
 
 def _memory(plan: Plan, engine: EngineConfig, micro_rows: int) -> Memory:
-    config = plan.config
+    config, ranks = plan.config, plan.config.cluster.ranks
     return rank_memory(
         config.model,
         engine,
         backprop=config.depth.backprop,
-        ranks=config.cluster.ranks,
+        ranks=ranks,
         micro_rows=micro_rows,
+        # where that many do not divide the step, the nearest batch that they do divide
+        micro_steps=math.ceil(config.rows_per_step / ranks / micro_rows),
     )
 
 

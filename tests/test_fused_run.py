@@ -6,16 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from conftest import SMALL, run_cli
+from pretrain import evaluate
 from pretrain.compose import load
+from pretrain.engine.world import World
 from pretrain.errors import ConfigError
+from pretrain.loop.trained import load_trained
+from pretrain.model.block import SandwichBlock
+from pretrain.tasks.config import EvaluateOptions
+from pretrain.testing import load_module
 
 # In fp32 one gradient differs by some hundred roundings of 6e-8 of its largest element (1e-5:
 # tests/distributed/matrix.py); ELLISAdam's slope carries that into weights that move by 2e-3 a step
 # and losses of 6 nats, six times.
 TOLERANCE = 1e-5
 FP32 = ["engine.precision=fp32"]
+PATHS = load_module(Path(__file__).parent / "model" / "fused" / "both_paths.py")
 
 
 def read(run_dir: Path, key: str) -> dict[int, Any]:
@@ -103,7 +111,9 @@ def test_a_fused_run_is_evaluated_and_read(workspace: Path, plain: Path, fused: 
     assert len(texts[0]) > len("12 + 30 =\n")
 
 
-def test_float8_trains_in_bf16_and_is_refused_in_fp32(workspace: Path) -> None:
+def test_float8_trains_in_bf16_and_is_refused_in_fp32(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     float8 = ["model.path=fused", "model.no_grad_precision=fp8", "model.grad_precision=fp8"]
     with pytest.raises(ConfigError, match=r"no_grad_precision=fp8 needs engine\.precision=bf16"):
         load("train", [*SMALL, *float8, *FP32])
@@ -117,3 +127,14 @@ def test_float8_trains_in_bf16_and_is_refused_in_fp32(workspace: Path) -> None:
     assert abs(read(run_dir, "validation/loss_nats")[3][-1] - losses[3]) < 0.1 * losses[3]
     log = (run_dir / "logs/rank-00000.log").read_text()
     assert log.count("float8 products on cpu are computed in float32") == 1
+    monkeypatch.chdir(workspace)
+    cpu = torch.device("cpu")
+    trained = load_trained(run_dir, cpu)
+    options = EvaluateOptions(depths=[1, 4], rows=8)
+    with PATHS.counted_copies() as counted:
+        evaluate._measure_held_out(run_dir, trained, World(0, 1, 0, cpu), options)
+    layers = sum(isinstance(module, SandwichBlock) for module in trained.model.modules())
+    # once for both batches of four rows
+    assert counted == {"quantize_rows": 4 * layers}
+    evaluated = json.loads((run_dir / "evaluation/step-0000000003.json").read_text())
+    assert evaluated["validation/loss_nats"][1] == read(run_dir, "validation/loss_nats")[3][-1]

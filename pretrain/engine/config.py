@@ -66,6 +66,15 @@ class EngineConfig:
                 "more."
             )
 
+    def keeps_float8(self, *, micro_steps: int) -> bool:
+        """Whether float8 copies of weights stay from one micro-step to the next.
+
+        With a single one there is no next, and copies for iterations without gradient would only
+        lie there during the backward pass. Under ZeRO-3 every pass gathers weights anew, and whole
+        copies on every rank would undo the sharding.
+        """
+        return micro_steps > 1 and self.zero_stage < 3
+
     @property
     def model_kept_iterations(self) -> int | None:
         """What the model is told: None where nothing is recomputed."""

@@ -25,6 +25,7 @@ from pretrain.engine.world import World
 from pretrain.errors import CheckpointError
 from pretrain.model.block import SandwichBlock
 from pretrain.model.config import ComputePath
+from pretrain.model.fixed import fixed_weights, has_fixed_weights
 from pretrain.model.recurrent import Output, RecurrentCore, RecurrentModel
 from pretrain.optim.build import build_optimizer
 from pretrain.optim.part_norms import PartNorms
@@ -57,6 +58,7 @@ class Engine:
         self.world = world
         self.micro_steps = micro_steps
         self.zero_stage = config.engine.zero_stage
+        self._keeps_float8 = config.engine.keeps_float8(micro_steps=micro_steps)
         self.optimizer_steps = 0
         self._micro_step = 0
         # Before DeepSpeed rounds the weights to bf16; no copy, rounding allocates anew.
@@ -83,6 +85,13 @@ class Engine:
         output: Output = self._engine(*args, **kwargs)
         return output
 
+    def accumulation(self) -> contextlib.AbstractContextManager[None]:
+        """Around the passes of one step and not its update: weights do not change inside.
+
+        So float8 copies of weights are made once a step, where that is worth their memory.
+        """
+        return fixed_weights(self.module) if self._keeps_float8 else contextlib.nullcontext()
+
     def backward(self, nats: Tensor, *, scale: float) -> None:
         """Add d(scale x nats)/d(weights) to the gradient: a plain sum over ranks and micro-steps.
 
@@ -108,6 +117,7 @@ class Engine:
         (none with AdamW, whose update sums the squares on its way) and a sum of five numbers.
         """
         assert self._micro_step == self.micro_steps, "step before the last backward pass"
+        assert not has_fixed_weights(self.module), "step inside of accumulation or evaluation"
         self._micro_step = 0
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -139,10 +149,15 @@ class Engine:
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[RecurrentModel]:
-        """The model in evaluation mode without gradients; under ZeRO-3 call it on all ranks."""
+        """The model in evaluation mode without gradients; under ZeRO-3 call it on all ranks.
+
+        Weights do not change inside, and float8 copies of them are made once, but under ZeRO-3.
+        """
+        is_whole = self.zero_stage < 3
+        fixed = fixed_weights(self.module) if is_whole else contextlib.nullcontext()
         self.module.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), fixed:
                 yield self.module
         finally:
             self.module.train()
@@ -152,6 +167,7 @@ class Engine:
 
         Raises CheckpointError if the ranks hold different weights afterwards.
         """
+        assert not has_fixed_weights(self.module), "weights change inside of fixed_weights"
         refresh_weights(self._engine.optimizer)
         sums = torch.stack(
             [

@@ -31,7 +31,8 @@ class Memory:
     buffers: int
     """Buckets of gradients on their way, and weights gathered for the moment (stage 3)."""
     activations: int
-    """What the backward pass of one micro-step needs at its fullest moment."""
+    """What the backward pass of one micro-step needs at its fullest moment, with what float8
+    copies of weights stay beside it."""
 
     @property
     def total(self) -> int:
@@ -46,9 +47,18 @@ def element_bytes(precision: Precision) -> int:
 
 
 def rank_memory(
-    model: ModelConfig, engine: EngineConfig, *, backprop: int, ranks: int, micro_rows: int
+    model: ModelConfig,
+    engine: EngineConfig,
+    *,
+    backprop: int,
+    ranks: int,
+    micro_rows: int,
+    micro_steps: int,
 ) -> Memory:
-    """Bytes on the fullest of `ranks` ranks with `micro_rows` rows at the greatest depth."""
+    """Bytes on the fullest of `ranks` ranks with `micro_rows` rows at the greatest depth.
+
+    Over more than one micro-step, float8 copies of weights may stay (EngineConfig.keeps_float8).
+    """
     counts = count_parameters(model)
     parameters = sum(counts.values())
     share = -(-parameters // ranks)
@@ -74,6 +84,7 @@ def rank_memory(
             rows=micro_rows,
             element_bytes=element,
             kept_iterations=engine.model_kept_iterations,
+            keeps_float8=engine.keeps_float8(micro_steps=micro_steps),
         ),
     )
 

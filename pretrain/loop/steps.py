@@ -278,28 +278,30 @@ def _forward_and_backward(
     config, engine = session.config, session.engine
     nats = torch.zeros((), dtype=torch.float64, device=session.world.device)
     session.enter("forward")
-    for micro in micro_batches(
+    micros = micro_batches(
         batch,
         depths,
         model=config.model,
         micro_rows=config.batch.micro_rows,
         seed=config.run.seed,
         device=session.world.device,
-    ):
-        output = engine(
-            micro.tokens_BT,
-            micro.depths,
-            initial_state=micro.initial_state_BTD,
-            labels=micro.labels_BT,
-            documents=micro.documents_BT,
-            digit_shift=micro.digit_shift_B,
-            keep_logits=False,
-        )
-        assert output.nats is not None
-        session.enter("backward")
-        engine.backward(output.nats, scale=scale)
-        nats += output.nats.detach().double()
-        session.enter("forward")
+    )
+    with engine.accumulation():
+        for micro in micros:
+            output = engine(
+                micro.tokens_BT,
+                micro.depths,
+                initial_state=micro.initial_state_BTD,
+                labels=micro.labels_BT,
+                documents=micro.documents_BT,
+                digit_shift=micro.digit_shift_B,
+                keep_logits=False,
+            )
+            assert output.nats is not None
+            session.enter("backward")
+            engine.backward(output.nats, scale=scale)
+            nats += output.nats.detach().double()
+            session.enter("forward")
     return float(nats)
 
 

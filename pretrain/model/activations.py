@@ -114,12 +114,14 @@ def peak_activation_bytes(
     rows: int,
     element_bytes: int,
     kept_iterations: int | None,
+    keeps_float8: bool = False,
 ) -> int:
     """Bytes of a micro-step of `rows` rows at its fullest moment.
 
     Plain: when the head is differentiated. Fused: then, or when the core's first iteration is
     differentiated but for its first layer: sums of weight gradients in float32 then stand beside
-    all earlier iterations; or when a later one has been computed again beside them.
+    all earlier iterations; or when a later one has been computed again beside them. With
+    keeps_float8 all float8 copies of weights are there at every moment (`fixed_weights`).
     """
     row = row_activation_bytes(
         model, backprop, element_bytes=element_bytes, kept_iterations=kept_iterations
@@ -140,19 +142,23 @@ def peak_activation_bytes(
     wide = _WIDE_BYTES if backprop > 1 else element_bytes
     in_core = rows * (row + model.context * (passing - gone))
     in_core += wide * (counts["core"] + counts["adapter"])
-    ends = model.prelude_layers + model.coda_layers
-    at_head += float8_bytes(model, model.core_layers + ends)
-    in_core += float8_bytes(model, model.core_layers + model.prelude_layers)
-    return max(at_head, in_core)
+    return max(
+        at_head + float8_bytes(model, has_coda=True, is_kept=keeps_float8),
+        in_core + float8_bytes(model, has_coda=keeps_float8, is_kept=keeps_float8),
+    )
 
 
-def float8_bytes(model: ModelConfig, layers: int) -> int:
-    """Copies of weights as they are and transposed, from the forward pass to the end of backward.
+def float8_bytes(model: ModelConfig, *, has_coda: bool, is_kept: bool = False) -> int:
+    """Copies of weights after a forward pass: those that its backward pass needs, or all if kept.
 
-    Bytes, and a scale for every output and for every input. Copies for iterations without gradient
-    are gone before anything is differentiated.
+    Bytes as the weights are, with a scale for every output, and transposed, with one for every
+    input. Of iterations without gradient alone, only the former and only of the core; unless
+    kept, they are gone before anything is differentiated.
     """
-    if model.grad_precision is not ProductPrecision.fp8:
-        return 0
-    scales = 8 * model.width + 3 * model.inner
-    return layers * (2 * layer_weights(model) + _WIDE_BYTES * scales)
+    by_output = layer_weights(model) + _WIDE_BYTES * (5 * model.width + 2 * model.inner)
+    by_input = layer_weights(model) + _WIDE_BYTES * (3 * model.width + model.inner)
+    if model.grad_precision is ProductPrecision.fp8:
+        layers = model.prelude_layers + model.core_layers + has_coda * model.coda_layers
+        return layers * (by_output + by_input)
+    is_prefix_kept = is_kept and model.no_grad_precision is ProductPrecision.fp8
+    return model.core_layers * by_output if is_prefix_kept else 0

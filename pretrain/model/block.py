@@ -10,6 +10,7 @@ from pretrain.model.attention import Attention
 from pretrain.model.cache import Slot
 from pretrain.model.config import Block, ComputePath, ModelConfig, ProductPrecision
 from pretrain.model.fused.block import fused_block
+from pretrain.model.fused.weights import Float8Copies
 from pretrain.model.layout import Layout
 from pretrain.model.mlp import GatedMLP
 from pretrain.model.norm import make_norm
@@ -30,6 +31,7 @@ class SandwichBlock(nn.Module):
         super().__init__()
         self.path = config.path
         self.is_float8 = config.grad_precision is ProductPrecision.fp8
+        self.float8_copies = Float8Copies()
         self.epsilon = config.norm_epsilon
         self.norm_1 = make_norm(config)
         self.attention = Attention(config)
@@ -41,7 +43,8 @@ class SandwichBlock(nn.Module):
     def forward(self, x_BTD: Tensor, layout: Layout, slot: Slot | None = None) -> Tensor:
         """[B, T, D] of [B, T, D]; with a slot, the tokens continue those already in it."""
         if slot is None and self.path is ComputePath.fused:
-            return fused_block(self, x_BTD, layout, self.epsilon, is_float8=self.is_float8)
+            copies = self.float8_copies if self.is_float8 else None
+            return fused_block(self, x_BTD, layout, self.epsilon, copies=copies)
         if slot is None and self.path is ComputePath.compiled:
             return _compiled_sandwich()(self, x_BTD, layout)
         return _sandwich(self, x_BTD, layout, slot)

@@ -271,6 +271,7 @@ def _check_memory(config: TrainConfig, host_bytes: int, gpus: int) -> Finding:
         backprop=config.depth.backprop,
         ranks=ranks,
         micro_rows=config.batch.micro_rows,
+        micro_steps=math.ceil(config.rows_per_step / ranks / config.batch.micro_rows),
     ).total
     detail = (
         f"about {needed / GIB:.2f} GiB needed by each of {ranks} ranks, {available / GIB:.1f} there"

@@ -13,6 +13,7 @@ from pretrain.data.tokenizer import Tokenizer
 from pretrain.engine.world import World
 from pretrain.loop.validation import STATE_SEED
 from pretrain.model.depth import Depth
+from pretrain.model.fixed import fixed_weights
 from pretrain.model.initial_state import initial_states
 from pretrain.model.loss import IGNORED
 from pretrain.model.recurrent import RecurrentModel
@@ -121,7 +122,8 @@ def _in_batches(
     def run(batch: Batch) -> Sequence[Found]:
         return work(subject, _pad(subject, [rows[index] for index in batch], state_1TD))
 
-    return share(subject.world, name, batches, run)
+    with fixed_weights(subject.model):
+        return share(subject.world, name, batches, run)
 
 
 def one_state(subject: Subject) -> Tensor:

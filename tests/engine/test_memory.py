@@ -30,7 +30,9 @@ BF16 = EngineConfig(zero_stage=1, precision=Precision.bf16)
 
 def memory(stage=1, ranks=1, micro_rows=1, **changes):
     engine = dataclasses.replace(BF16, zero_stage=stage, **changes)
-    return rank_memory(HUGINN, engine, backprop=8, ranks=ranks, micro_rows=micro_rows)
+    return rank_memory(
+        HUGINN, engine, backprop=8, ranks=ranks, micro_rows=micro_rows, micro_steps=1
+    )
 
 
 def test_states_on_one_gpu_are_sixteen_bytes_and_two_per_parameter():
@@ -131,6 +133,7 @@ def test_a_step_through_the_engine_peaks_where_it_is_predicted():
             backprop=8,
             ranks=int(row["gpus"]),
             micro_rows=1,
+            micro_steps=int(row["accumulation"]),
         )
         assert predicted.total == pytest.approx(int(row["peak_bytes"]), rel=0.005)
 
@@ -140,11 +143,51 @@ def test_kept_iterations_count_between_none_and_all():
 
     def total(**changes):
         engine = dataclasses.replace(BF16, **changes)
-        return rank_memory(fused, engine, backprop=8, ranks=1, micro_rows=1).activations
+        found = rank_memory(fused, engine, backprop=8, ranks=1, micro_rows=1, micro_steps=1)
+        return found.activations
 
     kept = [total(checkpoint_activations=True, kept_iterations=kept) for kept in (0, 2, 4, 8)]
     assert kept == sorted(set(kept))
     assert kept[-1] == total()
+
+
+# a layer's weights, which are bytes in float8, and its scales, four bytes each
+LAYER = 4 * 5280**2 + 3 * 17920 * 5280
+OUTPUTS, INPUTS = 5 * 5280 + 2 * 17920, 3 * 5280 + 17920
+
+
+def activations(*, micro_steps, stage, precisions):
+    # a small head, so that the fullest moment is in the core
+    model = dataclasses.replace(
+        HUGINN, path=ComputePath.fused, vocabulary_size=8,
+        **dict.fromkeys(precisions, ProductPrecision.fp8),
+    )  # fmt: skip
+    engine = dataclasses.replace(BF16, zero_stage=stage)
+    found = rank_memory(model, engine, backprop=8, ranks=1, micro_rows=1, micro_steps=micro_steps)
+    return found.activations
+
+
+@pytest.mark.parametrize(
+    ("precisions", "more"),
+    [
+        ([], 0),
+        (["no_grad_precision"], 4 * (LAYER + 4 * OUTPUTS)),
+        (["grad_precision"], 2 * (2 * LAYER + 4 * (OUTPUTS + INPUTS))),
+    ],
+    ids=["bf16", "prefix", "all"],
+)
+def test_float8_copies_stay_where_there_are_several_micro_steps(precisions, more):
+    """1.6 GB of the core; with gradient in float8, whose copies are there anyway, of the coda."""
+    found = {
+        (stage, micro_steps): activations(
+            micro_steps=micro_steps, stage=stage, precisions=precisions
+        )
+        for stage in (1, 2, 3)
+        for micro_steps in (1, 2, 8)
+    }
+    alone = found[1, 1]
+    for (stage, micro_steps), size in found.items():
+        assert size - alone == (more if stage < 3 and micro_steps > 1 else 0), (stage, micro_steps)
 
 
 def test_a_checkpoint_is_weights_and_two_moments_in_fp32():

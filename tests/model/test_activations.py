@@ -18,6 +18,7 @@ from pretrain.model.activations import (
 from pretrain.model.block import make_block
 from pretrain.model.config import Block, ComputePath, Injection, ModelConfig, ProductPrecision
 from pretrain.model.depth import Depth
+from pretrain.model.fixed import fixed_weights
 from pretrain.model.init import initialize
 from pretrain.model.layout import Layout, Mask
 from pretrain.model.recurrent import RecurrentModel
@@ -156,8 +157,32 @@ def test_a_fused_row_keeps_what_is_counted(form, kept):
     assert output.nats.requires_grad
     expected = row_activation_bytes(form, 4, element_bytes=2, kept_iterations=kept)
     expected += form.context * form.vocabulary_size * 2
-    expected += float8_bytes(form, 4)
+    expected += float8_bytes(form, has_coda=True)
     assert total == pytest.approx(expected, rel=0.01)
+
+
+PREFIX = dataclasses.replace(FUSED, no_grad_precision=ProductPrecision.fp8)
+
+
+@pytest.mark.parametrize("form", [PREFIX, FLOAT8], ids=["prefix", "float8"])
+def test_copies_of_fixed_weights_are_exactly_what_is_counted(form):
+    """Once a pass is over, but for its gradients and what belongs to nobody's pass."""
+    model = RecurrentModel(form)
+    initialize(model, mean_depth=4, seed=0)
+    model.to(torch.bfloat16)
+    tokens = torch.randint(0, form.vocabulary_size, (1, form.context))
+    state = torch.randn(1, form.context, form.width, dtype=torch.bfloat16)
+    arguments = {"initial_state": state, "labels": tokens, "keep_logits": False}
+    with LiveBytes() as live:
+        model(tokens, [Depth(3, 4)], **arguments).nats.backward()
+        before = sum(live.sizes.values())
+        with fixed_weights(model):
+            for _ in range(2):
+                model(tokens, [Depth(3, 4)], **arguments).nats.backward()
+            held = sum(live.sizes.values()) - before
+        after = sum(live.sizes.values()) - before
+    assert held == float8_bytes(form, has_coda=True, is_kept=True) > 0
+    assert after == 0
 
 
 def row(form, backprop, kept=None):

@@ -1,5 +1,6 @@
 """Whether a continuation is what greedy decoding writes, told in the pass that gives its nats."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,16 @@ from pretrain.data.tokenizer import Tokenizer
 from pretrain.engine.world import World
 from pretrain.loop.trained import load_trained
 from pretrain.loop.validation import STATE_SEED
+from pretrain.model.block import SandwichBlock
+from pretrain.model.config import ComputePath, ProductPrecision
 from pretrain.model.decoding import Decoding
 from pretrain.model.generation import generate
+from pretrain.model.recurrent import RecurrentModel
 from pretrain.tasks.likelihood import Row, Subject, greedy_nats_of, nats_of
 from pretrain.tasks.prompts import cut
+from pretrain.testing import load_module
 
+PATHS = load_module(Path(__file__).parents[1] / "model" / "fused" / "both_paths.py")
 DEPTH = 5
 
 
@@ -63,6 +69,29 @@ def test_only_what_greedy_decoding_writes_is_greedy(subject: Subject) -> None:
     # the same products in the same order
     assert [nats for nats, _ in found] == [nats for (nats,) in nats_of(subject, rows, "rows")]
     assert found[-1][0] == 0.0
+
+
+def test_float8_weights_are_quantized_once_for_all_batches(run_dir: Path) -> None:
+    trained = load_trained(run_dir, torch.device("cpu"))
+    float8 = ProductPrecision.fp8
+    model = RecurrentModel(
+        dataclasses.replace(trained.config.model, path=ComputePath.fused, grad_precision=float8)
+    ).to(torch.bfloat16)
+    model.load_state_dict(trained.model.state_dict())
+    subject = Subject(
+        model=model.eval(),
+        tokenizer=Tokenizer.load(trained.config.tokenizer.path),
+        world=World(0, 1, 0, torch.device("cpu")),
+        depths=(1, DEPTH),
+        batch_tokens=64,
+    )
+    rows = [Row((1, 2, 3 + at), 1) for at in range(3)]
+    with PATHS.counted_copies() as counted:
+        together = nats_of(subject, rows, "rows")
+    layers = sum(isinstance(module, SandwichBlock) for module in model.modules())
+    assert counted == {"quantize_rows": 4 * layers}
+    # rows of 64 padded tokens: each is a batch of its own, so alone it is the same pass
+    assert together == [nats_of(subject, [row], "row")[0] for row in rows]
 
 
 def test_an_end_before_the_first_word_counts_only_if_it_is_told_to() -> None:

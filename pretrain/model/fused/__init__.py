@@ -1,5 +1,6 @@
 """The model without autograd inside: hand-written backward passes on fused kernels.
 
+weights    the tensors of a layer, and their float8 copies
 layer      one layer, forward and backward beside each other
 attention  which attention kernel runs, and its backward
 products   matrix products; weight gradients summed in float32; float8

@@ -10,26 +10,33 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from pretrain.model.fused.layer import (
-    Float8Weights,
     LayerInput,
-    LayerWeights,
     Place,
     layer_backward,
     layer_forward,
 )
 from pretrain.model.fused.products import GradientSums
+from pretrain.model.fused.weights import Float8Copies, Float8Weights, LayerWeights
 from pretrain.model.layout import Layout
 from pretrain_kernels.norm_chain import norm_chain, norm_chain_backward
 
 
 def fused_block(
-    block: nn.Module, x_BTD: Tensor, layout: Layout, epsilon: float, *, is_float8: bool
+    block: nn.Module,
+    x_BTD: Tensor,
+    layout: Layout,
+    epsilon: float,
+    *,
+    copies: Float8Copies | None,
 ) -> Tensor:
-    """A sandwich layer of [B, T, D]; its backward pass is written by hand."""
+    """A sandwich layer of [B, T, D]; its backward pass is written by hand.
+
+    With `copies`, those of the block, it multiplies in float8.
+    """
     place = Place(layout, epsilon)
     weights = LayerWeights.of(block)
     keeps = torch.is_grad_enabled() and any(t.requires_grad for t in (x_BTD, *weights))
-    float8 = Float8Weights.of(weights, has_gradient=keeps) if is_float8 else None
+    float8 = None if copies is None else copies.of(weights, has_gradient=keeps)
     output: Tensor = _Block.apply(block, place, float8, keeps, x_BTD, *weights)
     return output
 

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pretrain.model.fused.attention import Attended, Backend, choose_backend
 from pretrain.model.fused.products import GradientSums, input_gradient, project
+from pretrain.model.fused.weights import Float8Weights, LayerWeights
 from pretrain.model.layout import Layout
 from pretrain_kernels.fp8 import Fp8
 from pretrain_kernels.norm_chain import (
@@ -27,70 +28,8 @@ from pretrain_kernels.norm_chain import (
     norm_chain_output,
 )
 from pretrain_kernels.qk_rope import qk_rope_, qk_rope_backward
-from pretrain_kernels.quantize_both_ways import quantize_both_ways
 from pretrain_kernels.quantize_rows import quantize_rows
 from pretrain_kernels.swiglu import swiglu, swiglu_backward
-
-
-class LayerWeights(NamedTuple):
-    """The tensors of one layer, in the order in which their gradients are returned."""
-
-    norm_1: Tensor
-    qkv: Tensor
-    qk_bias: Tensor
-    output: Tensor
-    norm_2: Tensor
-    norm_3: Tensor
-    gate_up: Tensor
-    down: Tensor
-    norm_4: Tensor
-
-    @staticmethod
-    def of(block: nn.Module) -> "LayerWeights":
-        """The parameters of a SandwichBlock, read when needed: ZeRO-3 swaps what is in them."""
-        return LayerWeights(*(block.get_parameter(name) for name in PARAMETERS))
-
-
-PARAMETERS = (
-    "norm_1.gain",
-    "attention.qkv",
-    "attention.qk_bias",
-    "attention.output",
-    "norm_2.gain",
-    "norm_3.gain",
-    "mlp.gate_up",
-    "mlp.down",
-    "norm_4.gain",
-)
-
-
-class Matrices(NamedTuple):
-    """The four matrices of a layer."""
-
-    qkv: Fp8
-    output: Fp8
-    gate_up: Fp8
-    down: Fp8
-
-
-class Float8Weights(NamedTuple):
-    """A layer's matrices in float8, for products with activations and with their gradients."""
-
-    by_output: Matrices
-    """Each as it is, a scale for every output."""
-    by_input: Matrices | None
-    """Each transposed, a scale for every input; None where nothing is differentiated."""
-
-    @staticmethod
-    @torch.no_grad()
-    def of(weights: LayerWeights, *, has_gradient: bool) -> "Float8Weights":
-        """Quantized now; the weights must not change while this is in use."""
-        matrices = (weights.qkv, weights.output, weights.gate_up, weights.down)
-        if not has_gradient:
-            return Float8Weights(Matrices(*(quantize_rows(matrix) for matrix in matrices)), None)
-        both = [quantize_both_ways(matrix) for matrix in matrices]
-        by_output, by_input = (Matrices(*copies) for copies in zip(*both, strict=True))
-        return Float8Weights(by_output, by_input)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """A small model on the plain and on the fused path, and batches for it; imported by path."""
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from pretrain.model.config import ComputePath, ModelConfig
 from pretrain.model.depth import Depth
+from pretrain.model.fused import weights
 from pretrain.model.init import initialize
 from pretrain.model.recurrent import RecurrentModel
 
@@ -75,3 +78,25 @@ def distances(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, 
         name: float((found[name].double() - exact).norm() / exact.norm())
         for name, exact in wanted.items()
     }
+
+
+@contextlib.contextmanager
+def counted_copies() -> Iterator[Counter[str]]:
+    """How many matrices are quantized inside, by the name of the op."""
+    counter: Counter[str] = Counter()
+    originals = {name: getattr(weights, name) for name in ("quantize_rows", "quantize_both_ways")}
+
+    def counting(name: str) -> Any:
+        def quantize(matrix: Tensor) -> Any:
+            counter[name] += 1
+            return originals[name](matrix)
+
+        return quantize
+
+    for name in originals:
+        setattr(weights, name, counting(name))
+    try:
+        yield counter
+    finally:
+        for name, original in originals.items():
+            setattr(weights, name, original)
