@@ -1,28 +1,26 @@
-"""Does a path learn as the plain modules do: runs side by side on one GPU, from real shards.
+"""Does a path learn as the plain modules do: runs one after another on one GPU, from real shards.
 
-    python kernels/benchmarks/convergence.py seconds=400 data=files data.root=x data.name=x \
-        tokenizer.path=... data.shards=... model.context=1024
+    python kernels/benchmarks/convergence.py seeds=0,1 tokens=8192 data=files data.root=x \
+        data.name=x tokenizer.path=... data.shards=... model.context=1024 batch.micro_rows=8
 
-500 steps of huginn-100m for two seeds: the plain modules, and again (the spread of reruns), the
-fused path, float8 without gradient, float8 everywhere. Losses of all steps go to
-results/convergence-losses.csv, the summary to results/convergence.csv. All words but `seconds` are
-overrides. The runs share the GPU, so their speeds say nothing.
+500 steps of huginn-100m for each seed: the plain modules, for the first seed again (the spread of
+reruns), the fused path, float8 without gradient, float8 everywhere. Losses of all steps go to
+results/convergence-losses.csv, the summary to results/convergence.csv. A run that is finished is
+not made again, so a call that was cut off goes on. All other words are overrides.
 """
 
 import csv
 import json
 import os
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-from reliability import records
+from reliability import records, train
 from step import RESULTS
 
-FOLDER = Path("out/convergence")
+FOLDER = Path("out/convergence").absolute()
 STEPS, LAST = 500, 50
 FUSED = ["model.path=fused"]
 PREFIX = [*FUSED, "model.no_grad_precision=fp8"]
@@ -33,29 +31,37 @@ RUNS = {
     "fused, fp8 without gradient": PREFIX,
     "fused, fp8 everywhere": [*PREFIX, "model.grad_precision=fp8"],
 }
-SEEDS = (0, 1)
+OPTIONS = {"seeds": "0,1", "tokens": "8192"}
 
 
 def main() -> None:
-    """Start all runs, wait for them, compare."""
-    words = [word for word in sys.argv[1:] if not word.startswith("seconds=")]
-    seconds = float(next((w[8:] for w in sys.argv[1:] if w.startswith("seconds=")), "400"))
+    """Make all runs, compare."""
+    options, overrides = dict(OPTIONS), []
+    for word in sys.argv[1:]:
+        key, _, value = word.partition("=")
+        if key in options:
+            options[key] = value
+        else:
+            overrides.append(word)
+    seeds = [int(seed) for seed in options["seeds"].split(",")]
     FOLDER.mkdir(parents=True, exist_ok=True)
-    processes = {}
-    for seed in SEEDS:
-        for name, overrides in RUNS.items():
-            if seed != SEEDS[0] and name == "reference again":
-                continue
-            processes[name, seed] = start(name, seed, [*overrides, *words])
-    deadline = time.monotonic() + seconds
-    while any(p.poll() is None for p in processes.values()) and time.monotonic() < deadline:
-        time.sleep(1)
-    for process in processes.values():
-        if process.poll() is None:
-            process.terminate()
-    for process in processes.values():
-        process.wait()
-    compare({key: records(folder(*key)) for key in processes})
+    keys = [
+        (name, seed)
+        for seed in seeds
+        for name in RUNS
+        if seed == seeds[0] or name != "reference again"
+    ]
+    for name, seed in keys:
+        own = [
+            "experiment=huginn-100m", f"batch.global_tokens={options['tokens']}",
+            f"run.steps={STEPS}", "run.tokens=null",
+            f"schedule.warmup_tokens={50 * int(options['tokens'])}",
+            "schedule.cooldown_tokens=0", "checkpoint.every_steps=100000",
+            "validation.every_steps=100000", "validation.rows=256", "validation.depths=[1,8,32]",
+            f"run.seed={seed}", *RUNS[name], *overrides,
+        ]  # fmt: skip
+        train(folder(name, seed).name, own, until=ended, folder=FOLDER)
+    compare({key: records(folder(*key)) for key in keys})
 
 
 def folder(name: str, seed: int) -> Path:
@@ -63,19 +69,9 @@ def folder(name: str, seed: int) -> Path:
     return FOLDER / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
 
 
-def start(name: str, seed: int, overrides: list[str]) -> subprocess.Popen[bytes]:
-    """One run in the background."""
-    command = [
-        sys.executable, "-m", "pretrain", "train", "experiment=huginn-100m", "logging=quiet",
-        "batch.global_tokens=2048", "batch.micro_rows=2", f"run.steps={STEPS}",
-        "schedule.warmup_tokens=102400", "schedule.cooldown_tokens=0",
-        "checkpoint.every_steps=100000",
-        "validation.every_steps=100000", "validation.rows=128", "validation.depths=[1,8,32]",
-        f"run.seed={seed}", f"run.dir={folder(name, seed)}", *overrides,
-    ]  # fmt: skip
-    with folder(name, seed).with_suffix(".log").open("wb") as log:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+def ended(run_dir: Path) -> bool:
+    """Whether a run has been validated after its last step."""
+    return any("validation/loss_nats" in r and r["step"] == STEPS for r in records(run_dir))
 
 
 def compare(found: dict[tuple[str, int], list[dict[str, Any]]]) -> None:

@@ -5,6 +5,7 @@ pretrain/engine/reduction.py allocate, activations what pretrain/model/activatio
 are estimates. Contexts and workspaces of libraries, and fragmentation, are not in the sum.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pretrain.engine.config import EngineConfig, Precision
@@ -29,7 +30,7 @@ class Memory:
     moments: int
     """Mean of gradients and of their squares, float32."""
     buffers: int
-    """Buckets of gradients on their way, and weights gathered for the moment (stage 3)."""
+    """Gradients on their way, and weights gathered for the moment (stage 3)."""
     activations: int
     """What the backward pass of one micro-step needs at its fullest moment, with what float8
     copies of weights stay beside it."""
@@ -63,21 +64,12 @@ def rank_memory(
     parameters = sum(counts.values())
     share = -(-parameters // ranks)
     element = element_bytes(engine.precision)
-    # reduced in float32
-    buffers = _FP32_BYTES * min(engine.bucket_elements, parameters)
-    if engine.zero_stage == 3 or (engine.zero_stage == 2 and element == _FP32_BYTES):
-        # DeepSpeed's: first collected in the precision of the weights, twice if they overlap
-        buffers += element * min(engine.bucket_elements, parameters)
-        buffers *= 2 if engine.overlap_comm else 1
-    if engine.zero_stage == 3:
-        # the whole core is gathered at once, and its gradients leave together
-        buffers += 2 * element * (counts["core"] + counts["adapter"])
     return Memory(
         weights=element * (share if engine.zero_stage == 3 else parameters),
         gradients=_FP32_BYTES * (parameters if engine.zero_stage == 1 else share),
         masters=_FP32_BYTES * share,
         moments=2 * _FP32_BYTES * share,
-        buffers=buffers,
+        buffers=_buffer_bytes(engine, counts),
         activations=peak_activation_bytes(
             model,
             backprop,
@@ -87,6 +79,23 @@ def rank_memory(
             keeps_float8=engine.keeps_float8(micro_steps=micro_steps),
         ),
     )
+
+
+def _buffer_bytes(engine: EngineConfig, counts: Mapping[str, int]) -> int:
+    parameters, element = sum(counts.values()), element_bytes(engine.precision)
+    bucket = min(engine.bucket_elements, parameters)
+    # the tied embedding's gradient waits from the head to the end of the backward pass
+    waiting = element * counts["embedding"]
+    if engine.zero_stage < 3 and engine.precision is Precision.bf16:
+        # pretrain/engine/reduction.py; stage 1 is summed where it lies
+        return waiting + (_FP32_BYTES * bucket if engine.zero_stage == 2 else 0)
+    # stages 2 and 3 first collect gradients in the precision of the weights
+    width = _FP32_BYTES + (element if engine.zero_stage > 1 else 0)
+    buckets = bucket * width * (2 if engine.overlap_comm else 1)
+    if engine.zero_stage == 3:
+        # the whole core is gathered at once, and its gradients leave together
+        waiting += 2 * element * (counts["core"] + counts["adapter"])
+    return waiting + buckets
 
 
 def checkpoint_bytes(model: ModelConfig) -> int:

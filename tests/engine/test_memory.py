@@ -61,8 +61,8 @@ def test_fp32_doubles_weights_but_not_the_optimizer():
 
 def test_stage_3_gathers_the_core_at_once():
     """1.64 G parameters of core and adapter in bf16, weights and gradients."""
-    bucket = (4 + 2) * BF16.bucket_elements
-    extra = memory(3, ranks=8).buffers - bucket
+    buckets, waiting = (4 + 2) * BF16.bucket_elements, memory(1).buffers
+    extra = memory(3, ranks=8).buffers - buckets - waiting
     assert extra == 4 * (1_581_592_320 + 55_756_800)
 
 
@@ -70,13 +70,14 @@ def test_rows_buckets_overlap_and_recomputation_count():
     rows = [memory(micro_rows=rows).activations for rows in (1, 2, 3)]
     assert rows[2] - rows[1] == rows[1] - rows[0] > 40 * GIB
     assert memory(checkpoint_activations=True).activations < memory().activations / 3
+    # stage 1 sums in place: only the embedding's gradient waits
+    assert memory(1, bucket_elements=10**6).buffers == memory(1).buffers == 2 * 65536 * 5280
+    # one bucket in float32, which fills and empties on one stream
+    assert memory(2, bucket_elements=10**6).buffers == memory(1).buffers + 4 * 10**6
     for stage in (1, 2):
-        # one bucket in float32, which fills and empties on one stream
-        assert memory(stage=stage, bucket_elements=10**6).buffers == 4 * 10**6
-        assert memory(stage=stage, overlap_comm=True).buffers == memory(stage=stage).buffers
-    gathered = memory(3).buffers - (4 + 2) * BF16.bucket_elements
-    overlapped = memory(3, overlap_comm=True).buffers - gathered
-    assert overlapped == 2 * (4 + 2) * BF16.bucket_elements
+        assert memory(stage, overlap_comm=True).buffers == memory(stage).buffers
+    buckets = (4 + 2) * BF16.bucket_elements
+    assert memory(3, overlap_comm=True).buffers == memory(3).buffers + buckets
     parts = dataclasses.asdict(memory())
     assert memory().total == sum(parts.values())
 
