@@ -203,11 +203,34 @@ class TestStep:
             (["without=norms"], "without=norms names norms; the ops are adamw"),
             (["without=swiglu", "paths=compiled"], "paths=compiled has none"),
             (["preset=tiny"], "preset=tiny is no option"),
+            (["held=1", "paths=fused,fused+fp8"], "paths=fused,fused.fp8 has others"),
         ],
     )
     def test_what_means_nothing_is_refused(self, step, words, reason):
         with pytest.raises(SystemExit, match=reason):
             step.main(words)
+
+    def test_float8_copies_are_made_anew_and_held_in_turn(self, step, tmp_path, monkeypatch):
+        from pretrain.model.fused import weights
+
+        made: list[int] = []
+        quantize = weights.quantize_rows
+        monkeypatch.setattr(weights, "quantize_rows", lambda w: made.append(0) or quantize(w))
+        measured, counts = step.measure, []
+
+        def counted(*args):
+            made.clear()
+            row = measured(*args)
+            counts.append(len(made))
+            return row
+
+        monkeypatch.setattr(step, "measure", counted)
+        words = [*self.WORDS, "paths=fused+fp8", "parity=0", "held=2", f"results={tmp_path}"]
+        assert step.main(words) == 0
+        rows = self.read(tmp_path / "held.csv")
+        assert [row["copies"] for row in rows] == ["anew", "held"] * 2
+        # two passes to warm up and one that is timed
+        assert counts[1] == counts[3] == 3 * counts[2] > 0
 
 
 class TestEngine:
@@ -294,6 +317,26 @@ class TestEngine:
         for other in (row, row | {"scope": "row", "share_of_bare": 0.5}, two):
             engine.append(table, other)
         assert engine.against_one_gpu(table, two) == 0.98
+
+
+def test_runs_that_are_compared_take_the_paths_of_their_names(monkeypatch):
+    """Whatever the preset's own path is."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    convergence = importlib.import_module("convergence")
+    found = {}
+    for name in convergence.RUNS:
+        model = load("train", convergence.run_words(name, 0, 8192), resumes=False).model
+        found[name] = tuple(
+            choice.value for choice in (model.path, model.no_grad_precision, model.grad_precision)
+        )
+    assert found == {
+        "reference": ("reference", "same", "same"),
+        "reference again": ("reference", "same", "same"),
+        "fused": ("fused", "same", "same"),
+        "fused again": ("fused", "same", "same"),
+        "fused, fp8 without gradient": ("fused", "fp8", "same"),
+        "fused, fp8 everywhere": ("fused", "fp8", "fp8"),
+    }
 
 
 class TestTune:

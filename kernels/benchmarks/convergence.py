@@ -3,8 +3,8 @@
     python kernels/benchmarks/convergence.py seeds=0,1 tokens=8192 data=files data.root=x \
         data.name=x tokenizer.path=... data.shards=... model.context=1024 batch.micro_rows=8
 
-500 steps of huginn-100m for each seed: the plain modules, for the first seed again (the spread of
-reruns), the fused path, float8 without gradient, float8 everywhere. Losses of all steps go to
+500 steps of huginn-100m for each seed: the plain modules and the fused path, for the first seed
+both again (the spread of reruns), float8 without gradient, float8 everywhere. Losses of all steps go to
 results/convergence-losses.csv, the summary to results/convergence.csv. A run that is finished is
 not made again, so a call that was cut off goes on. All other words are overrides.
 """
@@ -25,9 +25,10 @@ STEPS, LAST = 500, 50
 FUSED = ["model.path=fused"]
 PREFIX = [*FUSED, "model.no_grad_precision=fp8"]
 RUNS = {
-    "reference": [],
-    "reference again": [],
+    "reference": ["model.path=reference"],
+    "reference again": ["model.path=reference"],
     "fused": FUSED,
+    "fused again": FUSED,
     "fused, fp8 without gradient": PREFIX,
     "fused, fp8 everywhere": [*PREFIX, "model.grad_precision=fp8"],
 }
@@ -49,19 +50,23 @@ def main() -> None:
         (name, seed)
         for seed in seeds
         for name in RUNS
-        if seed == seeds[0] or name != "reference again"
+        if seed == seeds[0] or not name.endswith("again")
     ]
     for name, seed in keys:
-        own = [
-            "experiment=huginn-100m", f"batch.global_tokens={options['tokens']}",
-            f"run.steps={STEPS}", "run.tokens=null",
-            f"schedule.warmup_tokens={50 * int(options['tokens'])}",
-            "schedule.cooldown_tokens=0", "checkpoint.every_steps=100000",
-            "validation.every_steps=100000", "validation.rows=256", "validation.depths=[1,8,32]",
-            f"run.seed={seed}", *RUNS[name], *overrides,
-        ]  # fmt: skip
-        train(folder(name, seed).name, own, until=ended, folder=FOLDER)
+        words = [*run_words(name, seed, int(options["tokens"])), *overrides]
+        train(folder(name, seed).name, words, until=ended, folder=FOLDER)
     compare({key: records(folder(*key)) for key in keys})
+
+
+def run_words(name: str, seed: int, tokens: int) -> list[str]:
+    """The overrides of a run with so many tokens a step."""
+    return [
+        "experiment=huginn-100m", f"run.seed={seed}", f"batch.global_tokens={tokens}",
+        f"run.steps={STEPS}", "run.tokens=null", f"schedule.warmup_tokens={50 * tokens}",
+        "schedule.cooldown_tokens=0", "checkpoint.every_steps=100000",
+        "validation.every_steps=100000", "validation.rows=256", "validation.depths=[1,8,32]",
+        *RUNS[name],
+    ]  # fmt: skip
 
 
 def folder(name: str, seed: int) -> Path:

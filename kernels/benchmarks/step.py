@@ -12,6 +12,9 @@ iterations in every row, without an optimizer, sustained: the clock falls as the
 `without` names ops that run as their plain references, one at a time, on the fused paths, each
 under the same check; two measurements with all kernels enclose them, so that a card that grows hot
 does not count for or against a kernel. Those rows go to results/ablation.csv.
+
+`held=N` compares, N times in turn, passes that quantize weights anew with passes of one optimizer
+step, which share the float8 copies of the first (fixed_weights). Rows go to results/held.csv.
 """
 
 import csv
@@ -22,7 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ from pretrain.compose import load
 from pretrain.model.config import ComputePath, ModelConfig, ProductPrecision
 from pretrain.model.cost import TokenFlops
 from pretrain.model.depth import Depth
+from pretrain.model.fixed import fixed_weights
 from pretrain.model.init import initialize
 from pretrain.model.recurrent import RecurrentModel
 from pretrain_kernels.dispatch import OFF, switched_off
@@ -45,7 +49,8 @@ PEAK_FLOPS = 989.4e12
 OPTIONS = {
     "presets": "huginn-3.5b", "paths": "reference,compiled,fused,fused+fp8,fused+fp8-all",
     "rows": "1", "seconds": "20", "no_grad": "24", "with_grad": "8", "kept": "", "profile": "",
-    "parity": "1", "depths": "", "without": "", "device": "cuda", "results": str(RESULTS),
+    "parity": "1", "depths": "", "without": "", "held": "0", "device": "cuda",
+    "results": str(RESULTS),
 }  # fmt: skip
 
 
@@ -68,6 +73,8 @@ class Plan:
     depths: list[Depth]
     """Measured at one row besides `depth`, a quarter of the time each."""
     without: list[str]
+    held: int
+    """Pairs of measurements with float8 copies made anew and held."""
     device: torch.device
     """cpu is for tests of this program: such a speed says nothing."""
     results: Path
@@ -93,6 +100,11 @@ class Plan:
                 f"without={options['without']} asks for a fused path, which has kernels to go "
                 f"without, and paths={options['paths']} has none."
             )
+        if int(options["held"]) and not all("+" in path for path in listed["paths"]):
+            raise SystemExit(
+                f"held={options['held']} asks for paths with float8, as fused+fp8, and "
+                f"paths={options['paths']} has others."
+            )
         if options["device"] == "cuda" and not torch.cuda.is_available():
             raise SystemExit("torch sees no GPU here, and the speed of a step is measured on one.")
         return Plan(
@@ -102,8 +114,8 @@ class Plan:
             kept=int(options["kept"]) if options["kept"] else None, profile=listed["profile"],
             checks=options["parity"] == "1",
             depths=[Depth(*map(int, pair.split("/"))) for pair in listed["depths"]],
-            without=listed["without"], device=torch.device(options["device"]),
-            results=Path(options["results"]),
+            without=listed["without"], held=int(options["held"]),
+            device=torch.device(options["device"]), results=Path(options["results"]),
         )  # fmt: skip
 
 
@@ -165,6 +177,11 @@ def measure_rows(
     if path in plan.profile:
         file = plan.results / f"step-profile-{path.replace('+', '-')}-{rows}.csv"
         profile_step(Step(model, rows, plan.depth), file)
+    for _ in range(plan.held):
+        for copies, context in (("anew", nullcontext()), ("held", fixed_weights(model))):
+            with context:
+                row = measure(model, path, plan.depth, rows, plan.seconds)
+            append(plan.results / "held.csv", row | {"copies": copies})
     if not without:
         return
     found = []
