@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 HERE = Path(__file__).parent
 IMAGES = HERE.parents[1] / "docs/images"
 GPU = "NVIDIA H200"
+SUSTAINED_S = 8.0
 NAMES = {
     ("reference", "bf16"): "plain modules",
     ("compiled", "bf16"): "torch.compile",
@@ -37,12 +38,13 @@ def main() -> None:
 
 
 def plot_rows() -> None:
-    """The newest measurement of each path at each number of rows."""
+    """The newest measurement of each path at each number of rows that was sustained for a while."""
     with (HERE / "results/step.csv").open() as file:
         rows = [
             row
             for row in csv.DictReader(file)
             if row["preset"] == "huginn-3.5b"
+            and float(row["sustained_s"]) >= SUSTAINED_S
             and (row["gpu"], row["zero"], row["no_grad"], row["with_grad"]) == (GPU, "0", "24", "8")
         ]
     curves: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
