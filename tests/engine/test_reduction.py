@@ -44,16 +44,31 @@ def delay(beside: Beside) -> None:
 
 
 def new_sums(beside: Beside, group: dist.ProcessGroup) -> tuple[ShardedSums, nn.Parameter]:
-    """Those of one parameter, through a bucket that it fills four times."""
+    """Those of one parameter, through a bucket that it fills four times.
+
+    A step is done: kernels that are loaded when first used would have the host wait for the GPU.
+    """
     parameter = nn.Parameter(torch.zeros(NUMEL, dtype=torch.bfloat16, device=CUDA))
-    total = torch.zeros(NUMEL, device=CUDA)
-    homes = {parameter: Home(total, Fragment(0, 0, 0, NUMEL))}
-    sums = ShardedSums([total], homes, beside, bucket_elements=NUMEL // 4, group=group)
+    homes = {parameter: Home(torch.zeros(NUMEL, device=CUDA), Fragment(0, 0, 0, NUMEL))}
+    sums = ShardedSums(
+        [home.total for home in homes.values()], homes, beside,
+        bucket_elements=NUMEL // 4, group=group,
+    )  # fmt: skip
+    sums.add(parameter, new_gradient(7.0))
+    assert is_filled(sums.take()[0], 7.0)
+    sums.forget()
+    delay(beside)
+    torch.cuda.synchronize()
     return sums, parameter
 
 
 def new_gradient(value: float) -> Tensor:
     return torch.full((NUMEL,), value, dtype=torch.bfloat16, device=CUDA)
+
+
+def is_filled(tensor: Tensor, value: float) -> bool:
+    """Asked on this stream, which waits for the other one only where it has been told to."""
+    return bool((tensor == value).all())
 
 
 def test_gradients_keep_their_memory_until_they_are_read(group: dist.ProcessGroup) -> None:
@@ -68,9 +83,7 @@ def test_gradients_keep_their_memory_until_they_are_read(group: dist.ProcessGrou
             del gradient
             assert new_gradient(torch.nan).data_ptr() != address
         sums.flush()
-        # read on this stream, which waits for the other one
-        (total,) = sums.take()
-        assert bool((total == 3.0).all())
+        assert is_filled(sums.take()[0], 3.0)
         sums.forget()
 
 
@@ -83,22 +96,23 @@ def test_sums_that_are_gone_are_not_written_to(group: dist.ProcessGroup) -> None
     sums.forget()
     del sums
     gc.collect()
-    other = torch.ones(NUMEL, device=CUDA)
+    other = torch.full((NUMEL,), 5.0, device=CUDA)
     assert other.data_ptr() == address
     torch.cuda.synchronize()
-    assert bool((other == 1.0).all())
+    assert is_filled(other, 5.0)
 
 
 def test_early_sums_are_there_when_the_pass_has_ended(group: dist.ProcessGroup) -> None:
     beside = Beside(CUDA, overlaps=True)
     early = EarlySums(beside, group)
     large, small = torch.ones(EarlySums.LEAST, device=CUDA), torch.ones(3, device=CUDA)
-    delay(beside)
-    with beside.after():
-        # what other ranks would add
-        large.mul_(2)
-    early.finished(large)
-    early.finished(small)
-    assert early.left([large, small]) == [small]
-    assert bool((large == 2.0).all())
+    for value in (2.0, 4.0, 8.0):
+        delay(beside)
+        with beside.after():
+            # what other ranks would add
+            large.mul_(2)
+        early.finished(large)
+        early.finished(small)
+        assert early.left([large, small]) == [small]
+        assert is_filled(large, value)
     assert early.left([large, small]) == [large, small]
