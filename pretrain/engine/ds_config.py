@@ -36,7 +36,6 @@ def _zero(config: TrainConfig) -> dict[str, Any]:
     engine = config.engine
     zero: dict[str, Any] = {
         "stage": engine.zero_stage,
-        # Read where the sums stay DeepSpeed's: ZeRO-3, fp32, and a version that `takeover` leaves.
         "overlap_comm": engine.overlap_comm,
         "reduce_bucket_size": engine.bucket_elements,
         # Even: DeepSpeed cuts it into pieces of two.
