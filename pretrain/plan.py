@@ -130,10 +130,11 @@ def _memory_table(plan: Plan) -> Table:
 
 
 def _engine_at(engine: EngineConfig, stage: int, is_checkpointed: bool) -> EngineConfig:
-    """The engine at another stage, less what would be refused there because it does nothing."""
+    """The engine at another stage, with the switches of that stage's own configuration."""
     return dataclasses.replace(
         engine,
         zero_stage=stage,
+        overlap_comm=engine.overlap_comm and (stage < 3 or engine.zero_stage == 3),
         checkpoint_activations=is_checkpointed,
         kept_iterations=engine.kept_iterations if is_checkpointed else 0,
     )

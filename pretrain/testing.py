@@ -309,6 +309,7 @@ def _tiny_hardware() -> HardwareConfig:
         storage_total_bytes_per_s=5e8,
         failures_per_gpu_hour=0.0,
         hang_share=0.0,
+        overlap_share=0.25,
         detect_s=1.0,
         requeue_s=0.0,
         start_s=10.0,

@@ -4,9 +4,9 @@
         data.name=x tokenizer.path=... data.shards=... model.context=1024 batch.micro_rows=8
 
 500 steps of huginn-100m for each seed: the plain modules and the fused path, for the first seed
-both again (the spread of reruns), float8 without gradient, float8 everywhere. Losses of all steps go to
-results/convergence-losses.csv, the summary to results/convergence.csv. A run that is finished is
-not made again, so a call that was cut off goes on. All other words are overrides.
+both again (the spread of reruns), float8 without gradient, float8 everywhere. Losses of all steps
+go to results/convergence-losses.csv, the summary to results/convergence.csv. A run that is finished
+is not made again, so a call that was cut off goes on. All other words are overrides.
 """
 
 import csv

@@ -43,7 +43,8 @@ class EngineConfig:
     zero3_persistent_elements: int = 100_000
     """Under ZeRO-3, tensors of at most this many elements stay whole on every rank."""
     overlap_comm: bool = False
-    """Sum gradients over ranks while the backward pass runs that makes them."""
+    """Sum gradients over ranks while the backward pass runs that makes them: under ZeRO-1 and 2 in
+    bf16 by our own reduction, with the same bits; elsewhere DeepSpeed's, which `doctor` tests."""
     deterministic: bool = False
     """Only deterministic kernels on the GPU; the CPU is always deterministic."""
     timeout_s: int = 1800
@@ -74,6 +75,11 @@ class EngineConfig:
         copies on every rank would undo the sharding.
         """
         return micro_steps > 1 and self.zero_stage < 3
+
+    @property
+    def reduces_itself(self) -> bool:
+        """Whether sums over ranks are pretrain/engine/reduction.py's and not DeepSpeed's."""
+        return self.zero_stage < 3 and self.precision is Precision.bf16
 
     @property
     def model_kept_iterations(self) -> int | None:

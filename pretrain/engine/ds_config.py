@@ -36,7 +36,7 @@ def _zero(config: TrainConfig) -> dict[str, Any]:
     engine = config.engine
     zero: dict[str, Any] = {
         "stage": engine.zero_stage,
-        "overlap_comm": engine.overlap_comm,
+        "overlap_comm": engine.overlap_comm and not engine.reduces_itself,
         "reduce_bucket_size": engine.bucket_elements,
         # Even: DeepSpeed cuts it into pieces of two.
         "allgather_bucket_size": engine.bucket_elements + engine.bucket_elements % 2,

@@ -86,8 +86,8 @@ def _buffer_bytes(engine: EngineConfig, counts: Mapping[str, int]) -> int:
     bucket = min(engine.bucket_elements, parameters)
     # the tied embedding's gradient waits from the head to the end of the backward pass
     waiting = element * counts["embedding"]
-    if engine.zero_stage < 3 and engine.precision is Precision.bf16:
-        # pretrain/engine/reduction.py; stage 1 is summed where it lies
+    if engine.reduces_itself:
+        # stage 1 is summed where it lies
         return waiting + (_FP32_BYTES * bucket if engine.zero_stage == 2 else 0)
     # stages 2 and 3 first collect gradients in the precision of the weights
     width = _FP32_BYTES + (element if engine.zero_stage > 1 else 0)

@@ -4,7 +4,8 @@ Gradients travel in float32. Stage 1 all-reduces them once a step; stage 2 all-r
 in every micro-step and keeps its own part; stage 3 reduce-scatters them in every micro-step, and
 gathers the weights for each forward and each backward pass. Stages 1 and 2 gather the updated
 weights once a step. With engine.overlap_comm gradients travel during the backward pass that makes
-them, under stage 1 the last one of the step.
+them, under stage 1 the last one of the step; both slow each other, because collectives run on the
+GPU's multiprocessors too, so only a share is hidden (cluster.hardware.overlap_share).
 """
 
 from dataclasses import dataclass
@@ -71,4 +72,5 @@ def _hidden_s(config: TrainConfig, reduced_s: float) -> float:
         return 0.0
     _, with_grad, recomputed = mean_row_iterations(config, config.depth)
     backward_s = RowSeconds.of(config).backward_s(with_grad, recomputed)
-    return min(reduced_s, config.batch.micro_rows * backward_s)
+    beside_s = min(reduced_s, config.batch.micro_rows * backward_s)
+    return config.cluster.hardware.overlap_share * beside_s

@@ -5,7 +5,7 @@ computed again. They follow from exact FLOPs and two measured rates, so one fit 
 depth, context and recomputation.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,8 @@ class UpdateBytes:
     """To begin the float32 sum of gradients with a step's first micro-step, on every rank."""
     later: float
     """To add those of another micro-step."""
+    own: float = 0
+    """To add to what a rank keeps of the sum, in each micro-step; ranks share it."""
 
 
 # EllisAdam's kernels move 36 (20, then 16); with what DeepSpeed's step does to gradients and
@@ -40,16 +42,17 @@ class UpdateBytes:
 # to float32, then added: read and written, read twice and written.
 DEEPSPEED = UpdateBytes(update=69, first=2 + 4 + 12, later=2 + 4 + 12)
 _DEEPSPEED_FP32 = UpdateBytes(update=69, first=12, later=12)
-# engine/takeover: norms 4, moments 20, weights and their bf16 copies 18; under ZeRO-1 the sums too.
-_OURS = UpdateBytes(update=4 + 20 + 18, first=2 + 4, later=2 + 8)
+# engine/takeover: norms 4, moments 20, weights and their bf16 copies 18. Sums begin and go on under
+# ZeRO-1; ZeRO-2 sets its share to zero, widens each gradient into a bucket, and adds from there.
+_ZERO_1 = UpdateBytes(update=4 + 20 + 18, first=2 + 4, later=2 + 8)
+_ZERO_2 = UpdateBytes(update=4 + 20 + 18 + 4, first=2 + 4, later=2 + 4, own=12)
 
 
 def update_bytes(config: TrainConfig) -> UpdateBytes:
     """Of the step that a run takes: DeepSpeed's under ZeRO-3 and in fp32, else ours."""
     if config.engine.precision is Precision.fp32:
         return _DEEPSPEED_FP32
-    stages = {1: _OURS, 2: replace(DEEPSPEED, update=_OURS.update), 3: DEEPSPEED}
-    return stages[config.engine.zero_stage]
+    return {1: _ZERO_1, 2: _ZERO_2, 3: DEEPSPEED}[config.engine.zero_stage]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,7 +135,8 @@ def optimizer_s(config: TrainConfig, moved: UpdateBytes | None = None) -> float:
     parameters = sum(count_parameters(config.model).values())
     cluster, batch = config.cluster, config.batch
     micro_steps = config.rows_per_step // cluster.ranks // batch.micro_rows
-    each = moved.update / cluster.ranks + moved.first + moved.later * (micro_steps - 1)
+    shared = (moved.update + moved.own * micro_steps) / cluster.ranks
+    each = shared + moved.first + moved.later * (micro_steps - 1)
     return each * parameters / cluster.hardware.memory_bytes_per_s
 
 

@@ -44,6 +44,8 @@ class HardwareConfig:
     """One hop of a collective between hosts."""
     collective_call_s: float
     """Fixed cost of calling a collective."""
+    overlap_share: float
+    """Share of a reduction beside a backward pass that costs nothing; the rest slows the pass."""
     gpu_spread: float
     """Standard deviation of the logarithm of a GPU's slowness: 0.01 is one per cent."""
     host_copy_bytes_per_s: float
@@ -79,5 +81,8 @@ class HardwareConfig:
                 f"cluster.hardware.forward_utilization={self.forward_utilization} must be in "
                 "(0, 1]."
             )
-        if not 0 <= self.hang_share <= 1:
-            raise ConfigError(f"cluster.hardware.hang_share={self.hang_share} must be in [0, 1].")
+        for name in ("hang_share", "overlap_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(
+                    f"cluster.hardware.{name}={getattr(self, name)} must be in [0, 1]."
+                )

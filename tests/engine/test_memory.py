@@ -25,6 +25,7 @@ HUGINN = ModelConfig(
     context=4096,
 )
 PARAMETERS = 3_564_976_800
+OTHER_BUCKET = ("2", "d9370de")
 BF16 = EngineConfig(zero_stage=1, precision=Precision.bf16)
 
 
@@ -125,8 +126,9 @@ def test_bare_passes_peak_where_it_is_predicted():
 
 def test_a_step_through_the_engine_peaks_where_it_is_predicted():
     """92,978,767,872 bytes: ZeRO-1 on one GPU, one row. Half a per cent is 0.46 GB."""
-    rows = measured("engine.csv")
-    assert rows
+    # under ZeRO-2 at d9370de DeepSpeed's bucket was narrower
+    rows = [row for row in measured("engine.csv") if (row["zero"], row["commit"]) != OTHER_BUCKET]
+    assert {(row["gpus"], row["zero"]) for row in rows} == {("1", "1"), ("2", "1"), ("2", "2")}
     for row in rows:
         predicted = rank_memory(
             on_path(row),
