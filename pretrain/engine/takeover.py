@@ -140,11 +140,8 @@ def take_over(
             " only %s is known to the faster one (pip install deepspeed==%s)",
             deepspeed_version, KNOWN_VERSION, KNOWN_VERSION,
         )  # fmt: skip
-        if taken is Zero1 and config.overlap_comm:
-            log.warning(
-                "engine.overlap_comm=true does nothing under ZeRO-1 in DeepSpeed's own step, which"
-                " sums gradients over ranks after the last backward pass"
-            )
+        if config.overlap_comm:
+            log.warning("engine.overlap_comm=true does nothing in that step: only ours overlaps")
         return None
     rounded = [partition[rank] for partition in partitions]
     zero.update = Update(optimizer, layout, rounded, clip=clip)
