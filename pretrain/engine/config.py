@@ -44,7 +44,9 @@ class EngineConfig:
     """Under ZeRO-3, tensors of at most this many elements stay whole on every rank."""
     overlap_comm: bool = False
     """Sum gradients over ranks while the backward pass runs that makes them: under ZeRO-1 and 2 in
-    bf16 by our own reduction, with the same bits; elsewhere DeepSpeed's, which `doctor` tests."""
+    bf16 by our own reduction, elsewhere by DeepSpeed's, which `doctor` tests. Of our sums ZeRO-2's
+    are the same bits as without; ZeRO-1's travel in other pieces, which more than two ranks add in
+    another order."""
     deterministic: bool = False
     """Only deterministic kernels on the GPU; the CPU is always deterministic."""
     timeout_s: int = 1800

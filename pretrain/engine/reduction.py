@@ -1,8 +1,8 @@
 """Sums of gradients over ranks, beside the backward pass that makes them.
 
 A reduction is issued on a second stream as soon as its gradients are there, so it runs while the
-pass goes on, and under ZeRO-2 while the next one begins; only the update waits for it. The same
-operations run in the same order with and without the second stream.
+pass goes on, and under ZeRO-2 while the next one begins. What is issued does not depend on whether
+there is a second stream: CPUs run the same operations in the same order.
 """
 
 import contextlib
@@ -117,9 +117,9 @@ class ShardedSums:
 
     def forget(self) -> None:
         """The next gradient begins new sums."""
-        with self._beside.after():
-            for total in self._totals:
-                total.zero_()
+        # not beside: the memory may be given away as soon as nobody holds this object
+        for total in self._totals:
+            total.zero_()
 
     def _empty_bucket(self) -> None:
         dist.all_reduce(self._bucket.narrow(0, 0, self._filled), group=self._group)
@@ -141,7 +141,8 @@ class ShardedSums:
 class EarlySums:
     """The reduction of ZeRO-1's sums, of large tensors as soon as the last gradient is there.
 
-    Small ones are left to the end, where many travel together.
+    Small ones are left to the end, where many travel together. Each tensor gets one gradient in a
+    backward pass, and all ranks get them in the same order.
     """
 
     LEAST = 1 << 14
@@ -149,21 +150,20 @@ class EarlySums:
 
     def __init__(self, beside: Beside, group: dist.ProcessGroup) -> None:
         self._beside, self._group = beside, group
-        self._done: set[int] = set()
+        self._sent: set[int] = set()
 
     def finished(self, total: Tensor) -> None:
-        """The step's last gradient has joined this sum; all ranks say so in the same order."""
-        if total.numel() >= self.LEAST:
-            with self._beside.after():
-                dist.all_reduce(total, group=self._group)
-            self._done.add(id(total))
+        """The step's last gradient has joined this sum."""
+        if total.numel() < self.LEAST:
+            return
+        assert id(total) not in self._sent, "a gradient came after its sum was sent"
+        with self._beside.after():
+            dist.all_reduce(total, group=self._group)
+        self._sent.add(id(total))
 
     def left(self, totals: Sequence[Tensor]) -> list[Tensor]:
-        """Those of all sums that are still to be reduced, and forget the others."""
-        left = [total for total in totals if id(total) not in self._done]
-        self._done.clear()
-        return left
-
-    def join(self) -> None:
-        """What is issued from here on begins when all reductions are done."""
+        """At the end of the last backward pass: wait for what was sent, and return the others."""
         self._beside.join()
+        left = [total for total in totals if id(total) not in self._sent]
+        self._sent.clear()
+        return left

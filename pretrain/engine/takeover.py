@@ -50,8 +50,6 @@ class Zero1(BF16_Optimizer):
     def step(self, closure: None = None) -> None:
         """Update, gather the weights of all ranks, and forget the gradient."""
         assert closure is None
-        if self.early is not None:
-            self.early.join()
         self._global_grad_norm = self.update(self.fp32_groups_gradient_flat_partition)
         self.overflow = self._global_grad_norm == torch.inf
         if self.update.is_applied:
@@ -142,6 +140,8 @@ def take_over(
             " only %s is known to the faster one (pip install deepspeed==%s)",
             deepspeed_version, KNOWN_VERSION, KNOWN_VERSION,
         )  # fmt: skip
+        if config.overlap_comm:
+            log.warning("engine.overlap_comm=true does nothing in that step: only ours overlaps")
         return None
     rounded = [partition[rank] for partition in partitions]
     zero.update = Update(optimizer, layout, rounded, clip=clip)

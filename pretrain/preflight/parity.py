@@ -28,6 +28,9 @@ from pretrain.optim.build import build_optimizer
 from pretrain.preflight.findings import Finding, Status
 
 STEPS, MICRO_STEPS = 3, 2
+# As small as the model: buckets fill during the backward pass, as in training, and some tensors are
+# larger than one.
+BUCKET_ELEMENTS = 1 << 14
 # Large, so that an update which is wrong or lost shows in the next loss.
 RATE = 0.01
 
@@ -70,7 +73,7 @@ LIMITS = {
 def check_parity(config: TrainConfig, world: World) -> Iterator[Finding]:
     """The engine against plain data parallelism; if they differ, which setting is to blame."""
     begin = time.perf_counter()
-    small = _small(config, world)
+    small = small_config(config, ranks=world.size)
     expected = plain_steps(small, world)
     apart = distance(engine_steps(small, world), expected)
     seconds = time.perf_counter() - begin
@@ -91,7 +94,7 @@ def find_culprit(config: TrainConfig, world: World, expected: Steps) -> tuple[st
     """Which setting is wrong, and what is right instead, by leaving one out after the other."""
     for names, change in alternatives(config.engine):
         other = dataclasses.replace(config, engine=dataclasses.replace(config.engine, **change))
-        apart = distance(engine_steps(_small(other, world), world), expected)
+        apart = distance(engine_steps(small_config(other, ranks=world.size), world), expected)
         if not _is_apart(apart, config, world):
             remedy = " ".join(
                 f"engine.{name}={str(value).lower()}" for name, value in change.items()
@@ -115,6 +118,18 @@ def alternatives(engine: EngineConfig) -> list[tuple[str, dict[str, Any]]]:
         change = {"zero_stage": 1, "overlap_comm": False}
         found.append((f"engine.zero_stage={engine.zero_stage}", change))
     return found
+
+
+def small_config(config: TrainConfig, *, ranks: int) -> TrainConfig:
+    """What the probe runs: the engine as configured, around a model and buckets of a small size."""
+    small = trial_config(config, ranks=ranks)
+    tokens = small.batch.global_tokens * MICRO_STEPS
+    bucket = min(small.engine.bucket_elements, BUCKET_ELEMENTS)
+    return dataclasses.replace(
+        small,
+        batch=dataclasses.replace(small.batch, global_tokens=tokens),
+        engine=dataclasses.replace(small.engine, bucket_elements=bucket),
+    )
 
 
 def settings(engine: EngineConfig) -> str:
@@ -208,12 +223,6 @@ def _average(sums: dict[str, Tensor], world: World) -> float:
 def _is_apart(apart: Distance, config: TrainConfig, world: World) -> bool:
     """The same verdict on all ranks, or they would go separate ways."""
     return world.any(apart.exceeds(LIMITS[config.engine.precision]))
-
-
-def _small(config: TrainConfig, world: World) -> TrainConfig:
-    small = trial_config(config, ranks=world.size)
-    tokens = small.batch.global_tokens * MICRO_STEPS
-    return dataclasses.replace(small, batch=dataclasses.replace(small.batch, global_tokens=tokens))
 
 
 def _new_model(config: TrainConfig, world: World) -> RecurrentModel:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pretrain.engine import takeover
 from pretrain.engine.config import Precision
@@ -105,37 +106,79 @@ class Switched(nn.Module):
         return torch.stack(parts).sum()
 
 
-def switched(world: World, stage: int) -> list[dict[str, Tensor]]:
+def switched(world: World, stage: int, overlaps: bool) -> list[dict[str, Tensor]]:
     """Masters after each of three steps in which parameters come and go, on some ranks only."""
-    config = tiny_config(
-        engine=tiny_engine(zero_stage=stage, precision=Precision.bf16),
-        optimizer=EllisAdamConfig(
-            name="ellis-adam", learning_rate=0.1, weight_decay=0.0, gradient_clip=0.0
-        ),
-        batch=BatchConfig(global_tokens=world.size * 16, micro_rows=1),
-    )
-    engine = Engine(Switched(), config, world, micro_steps=2)  # type: ignore[arg-type]
+    EarlySums.LEAST = 1
+    engine = vectors_engine(world, Switched(), micro_steps=2, stage=stage, overlaps=overlaps)
     found = []
     for step in range(3):
         for micro_step in range(2):
-            nats = engine(gradients_of(step, micro_step, world.rank, stage))
+            is_everywhere = stage == 2 or overlaps
+            nats = engine(gradients_of(step, micro_step, world.rank, is_everywhere=is_everywhere))
             engine.backward(nats, scale=1.0)  # type: ignore[arg-type]
         assert engine.step(0.1).is_applied
         found.append(RANKS.whole(engine))
     return found
 
 
-def gradients_of(step: int, micro_step: int, rank: int, stage: int) -> dict[str, Tensor]:
-    """Those of a call, exact in bf16: a always, b in every other step, c once.
+def vectors_engine(
+    world: World, module: nn.Module, *, micro_steps: int, stage: int, overlaps: bool
+) -> Engine:
+    """Under ZeRO in bf16, without clipping; four elements fill a bucket."""
+    config = tiny_config(
+        engine=tiny_engine(
+            zero_stage=stage, precision=Precision.bf16, overlap_comm=overlaps, bucket_elements=4
+        ),
+        optimizer=EllisAdamConfig(
+            name="ellis-adam", learning_rate=0.1, weight_decay=0.0, gradient_clip=0.0
+        ),
+        batch=BatchConfig(global_tokens=world.size * micro_steps * 8, micro_rows=1),
+    )
+    return Engine(module, config, world, micro_steps=micro_steps)  # type: ignore[arg-type]
 
-    Under ZeRO-1 c has one on rank 1 only; under ZeRO-2 DeepSpeed cannot do that.
+
+def gradients_of(
+    step: int, micro_step: int, rank: int, *, is_everywhere: bool
+) -> dict[str, Tensor]:
+    """Those of a call, exact in bf16: a always, b in step 0 and at first in step 2, c once.
+
+    c has one on rank 1 only, unless it is to be the same everywhere: reductions during a backward
+    pass, ours as DeepSpeed's, need that.
     """
     gradients = {"norm_a": torch.arange(5.0) + 1 + step}
-    if step % 2 == 0:
+    if step == 0 or (step, micro_step) == (2, 0):
         gradients["norm_b"] = torch.arange(5.0) - 2 + micro_step
-    if (rank == 1 or stage == 2) and step == 1 and micro_step == 1:
+    if (rank == 1 or is_everywhere) and step == 1 and micro_step == 1:
         gradients["norm_c"] = torch.ones(5)
     return {name: value.bfloat16() for name, value in gradients.items()}
+
+
+class Repeated(nn.Module):
+    """A vector that gets two gradients in one backward pass, x and 2 x: its hooks fire twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept_iterations: int | None = None
+        self.norm_a = nn.Parameter(torch.ones(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        uses = [checkpoint(self._use, x * factor, use_reentrant=True) for factor in (1, 2)]
+        return torch.stack(uses).sum()
+
+    def _use(self, x: Tensor) -> Tensor:
+        return (self.norm_a * x).sum()
+
+
+def repeated(world: World, stage: int, overlaps: bool) -> float | str:
+    """The norm of the gradient summed over ranks, where x is 0, 1, .. plus the rank; or why not."""
+    EarlySums.LEAST = 1
+    engine = vectors_engine(world, Repeated(), micro_steps=1, stage=stage, overlaps=overlaps)
+    x = (torch.arange(5.0) + world.rank).bfloat16().requires_grad_()
+    try:
+        engine.backward(engine(x), scale=1.0)  # type: ignore[arg-type]
+    except AssertionError as error:
+        return str(error)
+    return engine.step(0.1).grad_norm
 
 
 def warned(world: World) -> list[str]:
@@ -150,6 +193,6 @@ def warned(world: World) -> list[str]:
             said.append(f"{record.levelname}: {record.getMessage()}")
 
     takeover.log.addHandler(Listening())
-    for stage in (1, 3):
-        RANKS.new_engine(world, {"stage": stage, "precision": "bf16"})
+    for case in ({"stage": 3}, {"stage": 1}, {"stage": 1, "overlap": True}):
+        RANKS.new_engine(world, {"precision": "bf16"} | case)
     return said

@@ -48,6 +48,21 @@ def test_every_engine_setting_that_is_deepspeed_s_reaches_it(change: dict[str, o
     assert build_deepspeed_config(tiny_config(engine=tiny_engine(**change)), micro_steps=1) != base
 
 
+def test_deepspeed_overlaps_only_sums_that_are_its_own() -> None:
+    told = {
+        (stage, precision): build_deepspeed_config(
+            tiny_config(
+                engine=tiny_engine(zero_stage=stage, precision=precision, overlap_comm=True)
+            ),
+            micro_steps=1,
+        )["zero_optimization"]["overlap_comm"]
+        for stage in (1, 2, 3)
+        for precision in Precision
+    }
+    ours = [(1, Precision.bf16), (2, Precision.bf16)]
+    assert told == {case: case not in ours for case in told}
+
+
 def test_gradients_are_summed_over_ranks_where_deepspeed_can() -> None:
     operations = {
         stage: build_deepspeed_config(

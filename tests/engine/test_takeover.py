@@ -93,7 +93,7 @@ def test_working_weights_are_the_rounded_masters(found: dict[int, list[Any]], in
                 assert torch.equal(working.flatten(), master.bfloat16()), key
 
 
-def unsharded(ranks: int, stage: int) -> list[dict[str, Tensor]]:
+def unsharded(ranks: int, *, is_everywhere: bool) -> list[dict[str, Tensor]]:
     """The masters of `switched`, from one plain optimizer."""
     switched = ranks_module.Switched()
     masters = {n: torch.nn.Parameter(p.detach().clone()) for n, p in switched.named_parameters()}
@@ -104,28 +104,50 @@ def unsharded(ranks: int, stage: int) -> list[dict[str, Tensor]]:
             master.grad = torch.zeros_like(master)
             for rank in range(ranks):
                 for micro_step in range(2):
-                    gradients = ranks_module.gradients_of(step, micro_step, rank, stage)
+                    gradients = ranks_module.gradients_of(
+                        step, micro_step, rank, is_everywhere=is_everywhere
+                    )
                     master.grad += gradients.get(name, torch.zeros(5))
         optimizer.step()
         found.append({f"master/{n}": p.detach().clone() for n, p in masters.items()})
     return found
 
 
+@pytest.mark.parametrize("overlaps", [False, True])
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_parameter_without_gradient_has_a_gradient_of_zero(ranks: int, stage: int) -> None:
+def test_a_parameter_without_gradient_has_a_gradient_of_zero(
+    ranks: int, stage: int, overlaps: bool
+) -> None:
     """Not that of the step before, although nobody has set its sum to zero since."""
-    steps = run_ranks(ranks_module.switched, ranks, stage, timeout_s=240)[0]
-    for got, expected in zip(steps, unsharded(ranks, stage), strict=True):
+    steps = run_ranks(ranks_module.switched, ranks, stage, overlaps, timeout_s=240)[0]
+    expected_steps = unsharded(ranks, is_everywhere=stage == 2 or overlaps)
+    for got, expected in zip(steps, expected_steps, strict=True):
         for key, value in expected.items():
             # as in tests/distributed/test_optimizers.py
             torch.testing.assert_close(got[key], value, rtol=1e-6, atol=3e-7, msg=key)
 
 
+@pytest.mark.parametrize(("stage", "overlaps"), [(1, False), (1, True), (2, True)])
+def test_two_gradients_of_one_backward_pass_are_added_or_refused(
+    stage: int, overlaps: bool
+) -> None:
+    """Refused where the sum is on its way when the second one comes."""
+    found = run_ranks(ranks_module.repeated, 2, stage, overlaps, timeout_s=240)
+    if stage == 1 and overlaps:
+        assert found == ["a gradient came after its sum was sent"] * 2
+    else:
+        # 3 x on either rank
+        norm = float((3 * (2 * torch.arange(5.0) + 1)).norm())
+        assert found == [pytest.approx(norm, rel=1e-6)] * 2
+
+
 def test_an_unknown_deepspeed_takes_its_own_step_and_says_so() -> None:
     said = run_ranks(ranks_module.warned, 1, timeout_s=240)[0]
-    assert said == [
+    own = (
         f"WARNING: DeepSpeed {deepspeed.__version__} takes its own optimizer step, which costs "
         "some 3 % at one micro-step: only 0.0.0 is known to the faster one "
         "(pip install deepspeed==0.0.0)"
-    ]
+    )
+    late = "WARNING: engine.overlap_comm=true does nothing in that step: only ours overlaps"
+    assert said == [own, own, late]

@@ -6,9 +6,18 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.compose import load
 from pretrain.engine.config import EngineConfig, Precision
+from pretrain.model.cost import count_parameters
 from pretrain.preflight.findings import Status
-from pretrain.preflight.parity import LIMITS, Distance, Steps, alternatives, distance
+from pretrain.preflight.parity import (
+    LIMITS,
+    Distance,
+    Steps,
+    alternatives,
+    distance,
+    small_config,
+)
 from pretrain.testing import load_module, run_ranks
 
 RANKS = load_module(Path(__file__).with_name("job_ranks.py"))
@@ -31,6 +40,18 @@ def test_the_engine_computes_right_on_two_ranks_and_both_say_the_same() -> None:
     for finding in first:
         before, after = finding.detail.split("loss ")[1].split(",")[0].split(" -> ")
         assert float(after) < float(before) - 0.02
+
+
+@pytest.mark.parametrize("experiment", ["huginn-3.5b", "huginn-100m"])
+def test_the_probe_fills_several_buckets_in_a_backward_pass(experiment: str) -> None:
+    """With a single one, which leaves at its end, nothing would overlap."""
+    config = load("train", [f"experiment={experiment}", "engine=zero2-bf16"])
+    small = small_config(config, ranks=2)
+    counts = count_parameters(small.model)
+    assert sum(counts.values()) > 4 * small.engine.bucket_elements
+    assert counts["embedding"] > small.engine.bucket_elements
+    one = replace(config, engine=replace(config.engine, bucket_elements=1))
+    assert small_config(one, ranks=2).engine.bucket_elements == 1
 
 
 @pytest.mark.parametrize(
