@@ -21,7 +21,8 @@ from pretrain.model.cache import Span
 from pretrain.model.config import ComputePath, Injection, ModelConfig, ProductPrecision
 from pretrain.model.depth import Depth
 from pretrain.model.diagnostics import relative_move
-from pretrain.model.fused.core import Recurrence, fused_core
+from pretrain.model.fused.core import fused_core
+from pretrain.model.fused.recurrence import Recurrence
 from pretrain.model.layout import Layout
 from pretrain.model.parameter import unset
 

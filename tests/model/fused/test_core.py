@@ -147,6 +147,41 @@ def test_every_parameter_reports_its_gradient_once():
     assert sorted(calls) == sorted(name for name, _ in fused.named_parameters())
 
 
+def test_gradients_leave_layer_by_layer():
+    """The core's last layer first, while the gradients of those before it are still to come."""
+    _, fused = models()
+    core = {name: p for name, p in fused.named_parameters() if name.startswith("core.")}
+    there: list[tuple[str, int]] = []
+
+    def note(name: str) -> None:
+        there.append((name, sum(p.grad is not None for p in core.values())))
+
+    for name, parameter in core.items():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: note(name))
+    gradients(fused, batch(2), [Depth(2, 3), Depth(1, 2)])
+    assert [count for _, count in there] == list(range(1, len(core) + 1))
+    order = [name.removeprefix("core.iteration.") for name, _ in there]
+    # the gain of a layer's first norm belongs to the layer before it, which computes that norm
+    stages = [0 if name == "adapter" else int(name.split(".")[1]) + 1 for name in order]
+    ends = [stage - ("norm_1" in name) for stage, name in zip(stages, order, strict=True)]
+    assert ends == sorted(ends, reverse=True)
+    assert len(set(ends)) == SMALL.core_layers + 1
+
+
+def test_the_last_layer_alone_may_want_gradients():
+    plain, fused = models()
+    inputs, depths = batch(2), [Depth(2, 3), Depth(1, 2)]
+    _, wanted = gradients(plain, inputs, depths)
+    last = f"core.iteration.layers.{SMALL.core_layers - 1}.mlp.down"
+    for name, parameter in fused.named_parameters():
+        parameter.requires_grad_(name == last)
+    fused(depths=depths, **inputs).loss.backward()
+    found = {name: p.grad for name, p in fused.named_parameters() if p.grad is not None}
+    assert found.keys() == {last}
+    distance = (found[last] - wanted[last]).norm() / wanted[last].norm()
+    assert distance < TOLERANCE
+
+
 def test_a_second_backward_pass_is_refused():
     _, fused = models()
     loss = fused(depths=[Depth(1, 2)], **batch(1)).loss
