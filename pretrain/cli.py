@@ -85,7 +85,7 @@ class _ConsoleLines(Redacting):
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run one command and exit with its code (0, 64, 65, 70 or 75)."""
+    """Run one command and exit with its code; docs/commands.md lists them."""
     # Before torch is loaded. OpenMP's threads spin a long while before they sleep until the others
     # come, which on two cores that have other work made 70 to 240 tokens/s of the tiny model. On
     # idle cores, against no spinning at all, so much of it makes 5,500 instead of 3,000; on cores
@@ -115,12 +115,10 @@ def _run(arguments: list[str]) -> int:
             return int(module.main(rest))
         if any(argument.startswith("-") for argument in rest):
             return _run_with_flags(command, module, rest)
-        from pretrain.compose import load, names_run
+        from pretrain.compose import load
 
         rest = _complete(module, rest)
-        is_about_run = command.words in ABOUT_A_RUN and names_run(rest)
-        is_resuming = command.words in RESUMING or is_about_run
-        config = load(command.primary, rest, resumes=is_resuming)
+        config = load(command.primary, rest, resumes=reads_run_folder(command, rest))
         code = int(module.main(config) or EXIT_FINISHED)
         note_exit(code)
         return code
@@ -162,16 +160,31 @@ def _complete(module: Any, overrides: list[str]) -> list[str]:
     return list(module.complete(overrides)) if hasattr(module, "complete") else overrides
 
 
+def reads_run_folder(command: Command, overrides: list[str]) -> bool:
+    """Whether the configuration of a run folder that exists counts, and not that of conf/."""
+    from pretrain.compose import names_run
+
+    is_about_run = command.words in ABOUT_A_RUN and names_run(overrides)
+    return command.words in RESUMING or is_about_run
+
+
 def _run_with_flags(command: Command, module: Any, rest: list[str]) -> int:
     """Hydra's own flags: --help, --cfg, --info, --config-dir, completion; and --multirun."""
     from hydra._internal.utils import get_args_parser
 
     from pretrain.compose import load
 
+    parser = get_args_parser()
+    parser.prog = f"pretrain {command.words}"
     try:
-        flags = get_args_parser().parse_intermixed_args(rest)
+        flags, unknown = parser.parse_known_intermixed_args(rest)
     except SystemExit as leaving:
         return EXIT_CONFIG if leaving.code else EXIT_FINISHED
+    if unknown:
+        raise ConfigError(
+            f"There is no flag {' '.join(unknown)}: settings are key=value, such as run.steps=400. "
+            f"pretrain {command.words} --help shows them, and the flags."
+        )
     if flags.multirun:
         from pretrain.multirun import run_jobs
 

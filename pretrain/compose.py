@@ -65,6 +65,11 @@ FIXED_FOR_A_RUN = (
 # But how the same model is computed is free.
 FREE_FOR_A_RUN = ("model.path", "model.no_grad_precision", "model.grad_precision")
 
+# What Hydra says of an option that a group has not.
+_NO_OPTION = re.compile(
+    r"Could not find '([^']+)/([^/']+)'\s+Available options in '[^']+':\n((?:\t.*\n?)+)"
+)
+
 
 def register_schemas() -> None:
     """Tell Hydra the types of every key; harmless to call again."""
@@ -171,7 +176,9 @@ def check_resumable(old: tree.TrainConfig, new: tree.TrainConfig) -> None:
         raise ConfigError(
             f"{new.run.dir} holds another run; these may not change when it resumes:\n"
             + "\n".join(refused)
-            + "\nChoose another run.dir (or run.name), or drop the override."
+            + "\nChoose another run.dir (or run.name), or drop the override. Where a group is "
+            "chosen, such as engine=..., the run's own settings do not count: give keys, such as "
+            "engine.zero_stage=3, or all that the run was started with."
         )
 
 
@@ -255,9 +262,10 @@ def _read(path: Path, kind: Any = tree.TrainConfig) -> Any:
 
 def _apply(node: Any, overrides: Sequence[str]) -> Any:
     for override in parse_overrides(overrides):
-        if override.is_add() or override.is_delete():
+        if override.is_delete():
             raise ConfigError(
-                f"{override.input_line}: a run that exists takes plain key=value overrides only."
+                f"{override.input_line}: a run that exists takes key=value and +key=value only; "
+                "key=null unsets what may be unset."
             )
         if override.key_or_group == "run.name":
             # it led to the folder; the frozen name stays
@@ -298,7 +306,28 @@ def _explain(error: BaseException) -> str:
         error = error.__cause__
     text = str(error).split("\n    full_key:")[0].split("\nConfig search path")[0].strip()
     key = getattr(error, "full_key", None)
+    if key and text.endswith(" is not in struct"):
+        group, _, name = key.rpartition(".")
+        return f"There is no {name} in {group} yet; '+{group}={{{name}: ...}}' adds it."
+    if text.startswith("Invalid type assigned: dict"):
+        return f"{text}\nAdd what has keys of its own in braces: '+GROUP={{NAME: {{KEY: VALUE}}}}'."
+    if text.endswith("is not a ListConfig, list or tuple."):
+        return f"{key} takes a list, such as {key}='[1,2]'."
+    text = _name_options(text)
     return f"{key}: {text}" if key and key not in text else text
+
+
+def _name_options(text: str) -> str:
+    """Hydra's list of a group's options in one line, less the schemas, which are no choice."""
+    found = _NO_OPTION.search(text)
+    if not found:
+        return text
+    group, asked, listed = found.groups()
+    options = [name for name in listed.split() if not name.endswith("_schema")]
+    near = difflib.get_close_matches(asked, options, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    where = text[: found.start()].removeprefix("In 'groups': ")
+    return f"{where}{group}={asked}: {group} is one of {', '.join(options)}.{hint}"
 
 
 def _nearest_key(error: BaseException, primary: str) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 from conftest import SMALL, run_cli, write_published_tokenizer
 from pretrain.adopt import complete
-from pretrain.cli import COMMANDS
+from pretrain.cli import COMMANDS, reads_run_folder
 from pretrain.compose import load, write_frozen
 from pretrain.harness import run as harness_run
 from pretrain.harness.config import model_options
@@ -72,7 +72,7 @@ def check_pretrain(words: list[str]) -> None:
                 overrides = complete(overrides)
             # what names a run by a swept value is not among the words
             for job in combinations([word for word in overrides if word not in FLAGS]):
-                load(command.primary, job)
+                load(command.primary, job, resumes=reads_run_folder(command, job))
             return
     raise AssertionError(f"there is no command {words[0]}")
 
