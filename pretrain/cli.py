@@ -170,21 +170,11 @@ def reads_run_folder(command: Command, overrides: list[str]) -> bool:
 
 def _run_with_flags(command: Command, module: Any, rest: list[str]) -> int:
     """Hydra's own flags: --help, --cfg, --info, --config-dir, completion; and --multirun."""
-    from hydra._internal.utils import get_args_parser
+    from pretrain.compose import freeze, load
 
-    from pretrain.compose import load
-
-    parser = get_args_parser()
-    parser.prog = f"pretrain {command.words}"
-    try:
-        flags, unknown = parser.parse_known_intermixed_args(rest)
-    except SystemExit as leaving:
-        return EXIT_CONFIG if leaving.code else EXIT_FINISHED
-    if unknown:
-        raise ConfigError(
-            f"There is no flag {' '.join(unknown)}: settings are key=value, such as run.steps=400. "
-            f"pretrain {command.words} --help shows them, and the flags."
-        )
+    flags = _read_flags(command, rest)
+    if flags is None:
+        return EXIT_FINISHED
     if flags.multirun:
         from pretrain.multirun import run_jobs
 
@@ -201,13 +191,39 @@ def _run_with_flags(command: Command, module: Any, rest: list[str]) -> int:
         flags.overrides = _complete(module, flags.overrides)
     if (flags.cfg or flags.info) and not is_elsewhere:
         # Hydra shows a misspelt key that was added with + as if something read it
-        load(command.primary, flags.overrides)
+        resumes = reads_run_folder(command, flags.overrides)
+        config = load(command.primary, flags.overrides, resumes=resumes)
+        if flags.cfg == "job" and not flags.package:
+            # and it knows nothing of run folders
+            print(freeze(config), end="")
+            return EXIT_FINISHED
     composed = _compose_by_hydra(command, flags.overrides, asked)
     if composed is None:
         return EXIT_FINISHED
     from pretrain.compose import to_object
 
     return int(module.main(to_object(composed, "the configuration")) or EXIT_FINISHED)
+
+
+def _read_flags(command: Command, rest: list[str]) -> Any:
+    """Flags and overrides as Hydra's parser reads them; None if it has said all there is to say."""
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+    parser.prog = f"pretrain {command.words}"
+    try:
+        flags, unknown = parser.parse_known_intermixed_args(rest)
+    except SystemExit as leaving:
+        # it has said why
+        if leaving.code:
+            raise ConfigError(f"Hydra could not take {' '.join(rest)}.") from None
+        return None
+    if unknown:
+        raise ConfigError(
+            f"There is no flag {' '.join(unknown)}: settings are key=value, such as run.steps=400. "
+            f"pretrain {command.words} --help shows them, and the flags."
+        )
+    return flags
 
 
 def _help(command: Command, overrides: list[str]) -> int:

@@ -65,6 +65,9 @@ FIXED_FOR_A_RUN = (
 # But how the same model is computed is free.
 FREE_FOR_A_RUN = ("model.path", "model.no_grad_precision", "model.grad_precision")
 
+# Of files whose keys are those of other groups: the first line that says so is missing.
+_NO_PACKAGE = re.compile(r"In '((\w+)/[^']+)': .*\nKey '\2' not in '")
+_NO_SLASH = re.compile(r"Could not override '(?:experiment|debug|user)/([\w-]+)@")
 # What Hydra says of an option that a group has not.
 _NO_OPTION = re.compile(
     r"Could not find '([^']+)/([^/']+)'\s+Available options in '[^']+':\n((?:\t.*\n?)+)"
@@ -213,7 +216,10 @@ def _compose(primary: str, overrides: Sequence[str]) -> DictConfig:
     except OverrideParseException as error:
         raise _unreadable(error) from error
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error) + _nearest_key(error, primary)) from error
+        text = _explain(error)
+        raise ConfigError(text + _nearest_key(text, primary)) from error
+    except YAMLError as error:
+        raise ConfigError(f"A file of conf/ is no YAML: {error}.") from error
     except ValueError as error:
         # Hydra's word for group=null
         raise ConfigError(f"{error}. Leave a group out with ~experiment, not null.") from error
@@ -313,6 +319,13 @@ def _explain(error: BaseException) -> str:
         return f"{text}\nAdd what has keys of its own in braces: '+GROUP={{NAME: {{KEY: VALUE}}}}'."
     if text.endswith("is not a ListConfig, list or tuple."):
         return f"{key} takes a list, such as {key}='[1,2]'."
+    if found := _NO_PACKAGE.search(text):
+        return (
+            f"conf/{found[1]}.yaml sets keys of its own group, {found[2]}, which has none. Make "
+            "its first line `# @package _global_`."
+        )
+    if found := _NO_SLASH.search(text):
+        return f"{text} Write it with a slash: override /{found[1]}."
     text = _name_options(text)
     return f"{key}: {text}" if key and key not in text else text
 
@@ -330,8 +343,8 @@ def _name_options(text: str) -> str:
     return f"{where}{group}={asked}: {group} is one of {', '.join(options)}.{hint}"
 
 
-def _nearest_key(error: BaseException, primary: str) -> str:
-    found = re.search(r"Key '([^']+)' (?:is )?not in '([^']+)'", str(error) + str(error.__cause__))
+def _nearest_key(text: str, primary: str) -> str:
+    found = re.search(r"Key '([^']+)' (?:is )?not in '([^']+)'", text)
     if not found:
         return ""
     known = sorted({key.rsplit(".", 1)[-1] for key in _known_keys(SCHEMAS[primary])})

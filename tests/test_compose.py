@@ -1,5 +1,7 @@
 """Every shipped configuration composes; a mistake is named before anything starts."""
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,26 @@ def test_mistakes_are_refused_by_name(override: str, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load("train", override.split())
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("run:\n  name: mine\n", r"first line `# @package _global_`"),
+        ("# @package _global_\nrun:\n  nme: mine\n", r"Did you mean name\?"),
+        ("# @package _global_\nrun:\n name: mine\n  x: 3\n", r"no YAML: .*mine\.yaml\", line 4"),
+        ("# @package _global_\ndefaults:\n  - override depth: fixed\n", r"override /depth\."),
+        ("# @package _global_\ndefaults:\n  - override /depth: fxed\n", r"Did you mean fixed\?"),
+    ],
+)
+def test_mistakes_in_an_experiment_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, said: str
+) -> None:
+    shutil.copytree(CONF, tmp_path / "conf")
+    (tmp_path / "conf/experiment/mine.yaml").write_text(text, encoding="utf-8")
+    monkeypatch.setattr("pretrain.compose.config_source", lambda: str(tmp_path / "conf"))
+    with pytest.raises(ConfigError, match=re.compile(said, re.S)):
+        load("train", ["experiment=mine"])
 
 
 def test_indivisible_batch_names_the_nearest() -> None:
