@@ -160,7 +160,8 @@ def _memory(plan: Plan, engine: EngineConfig, micro_rows: int) -> Memory:
 
 
 def _fit(needed: int, usable: float) -> str:
-    return f"{needed / GIB:.2f} {'fits' if needed <= usable else '[red]over[/red]'}"
+    size = f"{needed / GIB:.1f}"
+    return size if needed <= usable else f"[red]over: {size}[/red]"
 
 
 def _speed_table(plan: Plan) -> Table:
