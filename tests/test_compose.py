@@ -91,6 +91,8 @@ def test_huginn_has_every_published_value() -> None:
         ("depth.scope=block depth.block_rows=16", "the 8 rows of a step; take 8."),
         ("depth.scope=block depth.block_rows=2 depth.lanes=8", "the 4 rows or blocks"),
         ("depth.lanes=0", "take 1."),
+        ("depth.sigma=50", "at most 8"),
+        ("depth.sigma=inf", "at most 8"),
         ("run.name=''", "run.name='' is empty; give run.name=NAME"),
         ("run.dir=", "run.dir='' is empty"),
         ("engine.zero_stage=4", "1, 2 or 3"),
