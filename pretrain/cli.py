@@ -85,7 +85,7 @@ class _ConsoleLines(Redacting):
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run one command and exit with its code (0, 64, 65, 70 or 75)."""
+    """Run one command and exit with its code; docs/commands.md lists them."""
     # Before torch is loaded. OpenMP's threads spin a long while before they sleep until the others
     # come, which on two cores that have other work made 70 to 240 tokens/s of the tiny model. On
     # idle cores, against no spinning at all, so much of it makes 5,500 instead of 3,000; on cores
@@ -115,12 +115,10 @@ def _run(arguments: list[str]) -> int:
             return int(module.main(rest))
         if any(argument.startswith("-") for argument in rest):
             return _run_with_flags(command, module, rest)
-        from pretrain.compose import load, names_run
+        from pretrain.compose import load
 
         rest = _complete(module, rest)
-        is_about_run = command.words in ABOUT_A_RUN and names_run(rest)
-        is_resuming = command.words in RESUMING or is_about_run
-        config = load(command.primary, rest, resumes=is_resuming)
+        config = load(command.primary, rest, resumes=reads_run_folder(command, rest))
         code = int(module.main(config) or EXIT_FINISHED)
         note_exit(code)
         return code
@@ -162,16 +160,21 @@ def _complete(module: Any, overrides: list[str]) -> list[str]:
     return list(module.complete(overrides)) if hasattr(module, "complete") else overrides
 
 
+def reads_run_folder(command: Command, overrides: list[str]) -> bool:
+    """Whether the configuration of a run folder that exists counts, and not that of conf/."""
+    from pretrain.compose import names_run
+
+    is_about_run = command.words in ABOUT_A_RUN and names_run(overrides)
+    return command.words in RESUMING or is_about_run
+
+
 def _run_with_flags(command: Command, module: Any, rest: list[str]) -> int:
     """Hydra's own flags: --help, --cfg, --info, --config-dir, completion; and --multirun."""
-    from hydra._internal.utils import get_args_parser
+    from pretrain.compose import freeze, load
 
-    from pretrain.compose import load
-
-    try:
-        flags = get_args_parser().parse_intermixed_args(rest)
-    except SystemExit as leaving:
-        return EXIT_CONFIG if leaving.code else EXIT_FINISHED
+    flags = _read_flags(command, rest)
+    if flags is None:
+        return EXIT_FINISHED
     if flags.multirun:
         from pretrain.multirun import run_jobs
 
@@ -188,13 +191,39 @@ def _run_with_flags(command: Command, module: Any, rest: list[str]) -> int:
         flags.overrides = _complete(module, flags.overrides)
     if (flags.cfg or flags.info) and not is_elsewhere:
         # Hydra shows a misspelt key that was added with + as if something read it
-        load(command.primary, flags.overrides)
+        resumes = reads_run_folder(command, flags.overrides)
+        config = load(command.primary, flags.overrides, resumes=resumes)
+        if flags.cfg == "job" and not flags.package:
+            # and it knows nothing of run folders
+            print(freeze(config), end="")
+            return EXIT_FINISHED
     composed = _compose_by_hydra(command, flags.overrides, asked)
     if composed is None:
         return EXIT_FINISHED
     from pretrain.compose import to_object
 
     return int(module.main(to_object(composed, "the configuration")) or EXIT_FINISHED)
+
+
+def _read_flags(command: Command, rest: list[str]) -> Any:
+    """Flags and overrides as Hydra's parser reads them; None if it has said all there is to say."""
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+    parser.prog = f"pretrain {command.words}"
+    try:
+        flags, unknown = parser.parse_known_intermixed_args(rest)
+    except SystemExit as leaving:
+        # it has said why
+        if leaving.code:
+            raise ConfigError(f"Hydra could not take {' '.join(rest)}.") from None
+        return None
+    if unknown:
+        raise ConfigError(
+            f"There is no flag {' '.join(unknown)}: settings are key=value, such as run.steps=400. "
+            f"pretrain {command.words} --help shows them, and the flags."
+        )
+    return flags
 
 
 def _help(command: Command, overrides: list[str]) -> int:

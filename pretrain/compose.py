@@ -65,6 +65,14 @@ FIXED_FOR_A_RUN = (
 # But how the same model is computed is free.
 FREE_FOR_A_RUN = ("model.path", "model.no_grad_precision", "model.grad_precision")
 
+# Of files whose keys are those of other groups: the first line that says so is missing.
+_NO_PACKAGE = re.compile(r"In '((\w+)/[^']+)': .*\nKey '\2' not in '")
+_NO_SLASH = re.compile(r"Could not override '(?:experiment|debug|user)/([\w-]+)@")
+# What Hydra says of an option that a group has not.
+_NO_OPTION = re.compile(
+    r"Could not find '([^']+)/([^/']+)'\s+Available options in '[^']+':\n((?:\t.*\n?)+)"
+)
+
 
 def register_schemas() -> None:
     """Tell Hydra the types of every key; harmless to call again."""
@@ -171,7 +179,9 @@ def check_resumable(old: tree.TrainConfig, new: tree.TrainConfig) -> None:
         raise ConfigError(
             f"{new.run.dir} holds another run; these may not change when it resumes:\n"
             + "\n".join(refused)
-            + "\nChoose another run.dir (or run.name), or drop the override."
+            + "\nChoose another run.dir (or run.name), or drop the override. Where a group is "
+            "chosen, such as engine=..., the run's own settings do not count: give keys, such as "
+            "engine.zero_stage=3, or all that the run was started with."
         )
 
 
@@ -206,7 +216,10 @@ def _compose(primary: str, overrides: Sequence[str]) -> DictConfig:
     except OverrideParseException as error:
         raise _unreadable(error) from error
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error) + _nearest_key(error, primary)) from error
+        text = _explain(error)
+        raise ConfigError(text + _nearest_key(text, primary)) from error
+    except YAMLError as error:
+        raise ConfigError(f"A file of conf/ is no YAML: {error}.") from error
     except ValueError as error:
         # Hydra's word for group=null
         raise ConfigError(f"{error}. Leave a group out with ~experiment, not null.") from error
@@ -255,9 +268,10 @@ def _read(path: Path, kind: Any = tree.TrainConfig) -> Any:
 
 def _apply(node: Any, overrides: Sequence[str]) -> Any:
     for override in parse_overrides(overrides):
-        if override.is_add() or override.is_delete():
+        if override.is_delete():
             raise ConfigError(
-                f"{override.input_line}: a run that exists takes plain key=value overrides only."
+                f"{override.input_line}: a run that exists takes key=value and +key=value only; "
+                "key=null unsets what may be unset."
             )
         if override.key_or_group == "run.name":
             # it led to the folder; the frozen name stays
@@ -298,11 +312,39 @@ def _explain(error: BaseException) -> str:
         error = error.__cause__
     text = str(error).split("\n    full_key:")[0].split("\nConfig search path")[0].strip()
     key = getattr(error, "full_key", None)
+    if key and text.endswith(" is not in struct"):
+        group, _, name = key.rpartition(".")
+        return f"There is no {name} in {group} yet; '+{group}={{{name}: ...}}' adds it."
+    if text.startswith("Invalid type assigned: dict"):
+        return f"{text}\nAdd what has keys of its own in braces: '+GROUP={{NAME: {{KEY: VALUE}}}}'."
+    if text.endswith("is not a ListConfig, list or tuple."):
+        return f"{key} takes a list, such as {key}='[1,2]'."
+    if found := _NO_PACKAGE.search(text):
+        return (
+            f"conf/{found[1]}.yaml sets keys of its own group, {found[2]}, which has none. Make "
+            "its first line `# @package _global_`."
+        )
+    if found := _NO_SLASH.search(text):
+        return f"{text} Write it with a slash: override /{found[1]}."
+    text = _name_options(text)
     return f"{key}: {text}" if key and key not in text else text
 
 
-def _nearest_key(error: BaseException, primary: str) -> str:
-    found = re.search(r"Key '([^']+)' (?:is )?not in '([^']+)'", str(error) + str(error.__cause__))
+def _name_options(text: str) -> str:
+    """Hydra's list of a group's options in one line, less the schemas, which are no choice."""
+    found = _NO_OPTION.search(text)
+    if not found:
+        return text
+    group, asked, listed = found.groups()
+    options = [name for name in listed.split() if not name.endswith("_schema")]
+    near = difflib.get_close_matches(asked, options, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    where = text[: found.start()].removeprefix("In 'groups': ")
+    return f"{where}{group}={asked}: {group} is one of {', '.join(options)}.{hint}"
+
+
+def _nearest_key(text: str, primary: str) -> str:
+    found = re.search(r"Key '([^']+)' (?:is )?not in '([^']+)'", text)
     if not found:
         return ""
     known = sorted({key.rsplit(".", 1)[-1] for key in _known_keys(SCHEMAS[primary])})

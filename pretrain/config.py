@@ -78,15 +78,17 @@ class TrainConfig:
                 )
 
     def _check_dealing(self, rows: int) -> None:
-        depth = self.depth
-        if rows % depth.block_rows:
-            raise ConfigError(
-                f"depth.block_rows={depth.block_rows} does not divide the {rows} rows of a step."
-            )
-        if depth.lanes is not None and (depth.lanes < 1 or rows % depth.lanes):
-            raise ConfigError(
-                f"depth.lanes={depth.lanes} does not divide the {rows} rows of a step."
-            )
+        shared, lanes = self.depth.block_rows, self.depth.lanes
+        for name, value, places, what in (
+            ("block_rows", shared, rows, "rows"),
+            ("lanes", 1 if lanes is None else lanes, rows // shared, "rows or blocks"),
+        ):
+            if value < 1 or places % value:
+                near = " or ".join(map(str, _nearest_divisors(places, value)))
+                raise ConfigError(
+                    f"depth.{name}={value} does not divide the {places} {what} of a step; take "
+                    f"{near}."
+                )
 
     @property
     def rows_per_step(self) -> int:
@@ -105,6 +107,14 @@ class TrainConfig:
     def total_tokens(self) -> int:
         """Tokens of the whole run."""
         return self.total_steps * self.batch.global_tokens
+
+
+def _nearest_divisors(number: int, value: int) -> list[int]:
+    """The divisors of a number that are nearest to a value, below and above it."""
+    divisors = [each for each in range(1, number + 1) if number % each == 0]
+    below = [each for each in divisors if each < value]
+    above = [each for each in divisors if each > value]
+    return [*below[-1:], *above[:1]]
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

@@ -59,6 +59,7 @@ def _run_table(plan: Plan) -> Table:
     law = DepthLaw.of(settled(config.depth))
     low, middle, high = law.quantile(np.array([0.01, 0.5, 0.99])).tolist()
     rows, ranks, nodes = config.rows_per_step, config.cluster.ranks, config.cluster.nodes
+    hosts = f"{nodes} host{'s' * (nodes > 1)}"
     table = _table("Run", "what", "value")
     for name, value in (
         ("model GFLOP per token", f"{plan.model_flops / 1e9:,.4g} (no recomputation)"),
@@ -80,7 +81,7 @@ def _run_table(plan: Plan) -> Table:
             "tokens per step",
             f"{config.batch.global_tokens:,} = {rows:,} rows of {config.model.context:,}",
         ),
-        ("ranks", f"{ranks:,} on {nodes} hosts; {rows // ranks} rows each"),
+        ("ranks", f"{ranks:,} on {hosts}; {rows // ranks} rows each"),
         ("micro-steps per step", f"{plan.micro_steps}, batch.micro_rows {config.batch.micro_rows}"),
         ("steps", f"{config.total_steps:,}"),
         ("tokens", f"{config.total_tokens:,}"),
@@ -160,7 +161,8 @@ def _memory(plan: Plan, engine: EngineConfig, micro_rows: int) -> Memory:
 
 
 def _fit(needed: int, usable: float) -> str:
-    return f"{needed / GIB:.2f} {'fits' if needed <= usable else '[red]over[/red]'}"
+    size = f"{needed / GIB:.1f}"
+    return size if needed <= usable else f"[red]over: {size}[/red]"
 
 
 def _speed_table(plan: Plan) -> Table:

@@ -221,14 +221,15 @@ def _print_plan(job: Job) -> None:
     plan = make_plan(job.config)
     cluster = job.config.cluster
     needed, usable = plan.memory.total / GIB, usable_bytes(job.config) / GIB
+    waiting = 1 - 1 / plan.wait
     lives = plan.hours * 3600 / (cluster.time_s - cluster.grace_s)
     for name, value in (
         ("run", str(job.folder)),
-        ("ranks", f"{cluster.ranks:,} on {cluster.nodes:,} hosts"),
+        ("ranks", f"{cluster.ranks:,} on {cluster.nodes:,} host{'s' * (cluster.nodes > 1)}"),
         ("steps", f"{job.config.total_steps:,} = {job.config.total_tokens:,} tokens"),
         ("memory", f"{needed:.1f} of {usable:.1f} GiB a rank, an estimate"),
         ("speed", f"{plan.tokens_per_s:,.0f} tokens/s expected"),
-        ("idle", f"{1 - 1 / plan.wait:.1%} of a rank's time, waiting for the slowest"),
+        ("idle", f"{plan.estimate.step.idle:.1%} of a step, {waiting:.1%} waiting for deeper rows"),
         ("hours", f"{plan.hours:,.1f}, {plan.hours * cluster.ranks:,.0f} rank hours"),
         ("lives", f"{lives:,.1f} of {cluster.time} each"),
         ("code", str(job.snapshot)),

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from conftest import SMALL, run_cli
 from pretrain.cli import COMMANDS, Command
-from pretrain.compose import compose_to_show
+from pretrain.compose import compose_to_show, load, write_frozen
 from pretrain.help import describe
 
 
@@ -25,7 +25,8 @@ from pretrain.help import describe
         (["--info", "defaults", "model.typo=1"], "typo"),
         (["--config-dir", ".", "+model.typo=1"], "Nothing reads this key"),
         (["--config-dir", ".", "batch.micro_rows=3"], "batch.micro_rows=3"),
-        (["--typo"], "unrecognized arguments: --typo"),
+        (["--steps", "4"], "There is no flag --steps: settings are key=value"),
+        (["--cfg", "jobs"], "pretrain plan: error: argument --cfg"),
         (["-m", "--cfg", "job", "run.seed=1,2"], "--cfg cannot go with --multirun"),
     ],
     ids=str,
@@ -36,6 +37,15 @@ def test_mistakes_beside_flags_are_refused(tmp_path: Path, arguments: list[str],
     assert done.returncode == 64
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_shown_of_a_run_that_exists_is_what_it_would_use(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    write_frozen(load("train", ["model.width=64", f"run.dir={folder}"]), folder)
+    done = run_cli(tmp_path, "train", f"run.dir={folder}", "run.steps=7", "--cfg", "job")
+    assert done.returncode == 0, done.stderr
+    shown = OmegaConf.create(done.stdout)
+    assert (shown.model.width, shown.run.steps, shown.run.dir) == (64, 7, str(folder))
 
 
 def test_another_folder_of_options_is_read(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Every shipped configuration composes; a mistake is named before anything starts."""
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -70,12 +72,29 @@ def test_huginn_has_every_published_value() -> None:
         ("optimizer.epsilon=1e-8", "epsilon"),
         ("batch.global_tokens=many", "batch.global_tokens: Value 'many'"),
         ("run.steps=[1]", "run.steps"),
-        ("model=huge", "huginn-3.5b"),
+        ("model=huge", "model=huge: model is one of addition, huginn-100m, huginn-3.5b, tiny."),
+        ("optimizer=adam", "one of adamw, ellis-adam, ellis-adam-tiny. Did you mean adamw?"),
+        ("checkpoint.tags.best=5", "'+checkpoint.tags={best: ...}' adds it"),
+        ("+data.sources.mine.weight=1", "'+GROUP={NAME: {KEY: VALUE}}'"),
+        (
+            "validation.depths=4",
+            "validation.depths takes a list, such as validation.depths='[1,2]'",
+        ),
         ("engine.precision=fp8", "bf16, fp32"),
         ("model.context=256 batch.global_tokens=8191", "Nearest: 7936 (31 rows) or 8192 (32 rows)"),
         ("run.tokens=5", "give one of the two"),
         ("model.heads=3", "head width"),
-        ("model.context=256 batch.global_tokens=8192 depth.lanes=3", "32 rows"),
+        (
+            "model.context=256 batch.global_tokens=8192 depth.lanes=3",
+            "32 rows or blocks of a step; take 2 or 4.",
+        ),
+        ("depth.scope=block depth.block_rows=16", "the 8 rows of a step; take 8."),
+        ("depth.scope=block depth.block_rows=2 depth.lanes=8", "the 4 rows or blocks"),
+        ("depth.lanes=0", "take 1."),
+        ("depth.sigma=50", "at most 8"),
+        ("depth.sigma=inf", "at most 8"),
+        ("run.name=''", "run.name='' is empty; give run.name=NAME"),
+        ("run.dir=", "run.dir='' is empty"),
         ("engine.zero_stage=4", "1, 2 or 3"),
         ("data=files", "data.root=FOLDER"),
         ("validation.depths=[0]", "depths of 1 or more"),
@@ -88,6 +107,26 @@ def test_mistakes_are_refused_by_name(override: str, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load("train", override.split())
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("run:\n  name: mine\n", r"first line `# @package _global_`"),
+        ("# @package _global_\nrun:\n  nme: mine\n", r"Did you mean name\?"),
+        ("# @package _global_\nrun:\n name: mine\n  x: 3\n", r"no YAML: .*mine\.yaml\", line 4"),
+        ("# @package _global_\ndefaults:\n  - override depth: fixed\n", r"override /depth\."),
+        ("# @package _global_\ndefaults:\n  - override /depth: fxed\n", r"Did you mean fixed\?"),
+    ],
+)
+def test_mistakes_in_an_experiment_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, said: str
+) -> None:
+    shutil.copytree(CONF, tmp_path / "conf")
+    (tmp_path / "conf/experiment/mine.yaml").write_text(text, encoding="utf-8")
+    monkeypatch.setattr("pretrain.compose.config_source", lambda: str(tmp_path / "conf"))
+    with pytest.raises(ConfigError, match=re.compile(said, re.S)):
+        load("train", ["experiment=mine"])
 
 
 def test_indivisible_batch_names_the_nearest() -> None:
@@ -120,6 +159,17 @@ def test_a_run_folder_remembers_its_configuration(tmp_path: Path) -> None:
         load("train", [folder, "model.typo=1"], resumes=True)
     with pytest.raises(ConfigError, match=r"give run\.name="):
         load("train", [folder, "model.context=64"], resumes=True)
+
+
+def test_a_run_that_exists_takes_new_tags_and_nothing_away(tmp_path: Path) -> None:
+    folder = f"run.dir={tmp_path}"
+    write_frozen(load("train", [folder]), tmp_path)
+    config = load("train", [folder, "+checkpoint.tags.good=6"], resumes=True)
+    assert config.checkpoint.tags == {"good": 6}
+    with pytest.raises(ConfigError, match="typo"):
+        load("train", [folder, "+model.typo=1"], resumes=True)
+    with pytest.raises(ConfigError, match=r"key=value and \+key=value only"):
+        load("train", [folder, "~data.sources.code"], resumes=True)
 
 
 def test_what_a_command_asks_for_goes_on_top_of_a_run_folder(

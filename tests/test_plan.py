@@ -184,6 +184,19 @@ def test_plan_prints_what_the_model_of_wall_time_says():
         ), price.depth
 
 
+def test_every_row_of_the_table_of_memory_is_a_line():
+    overrides = ["experiment=huginn-3.5b", "batch.micro_rows=8"]
+    output = run(
+        "from pretrain.compose import load\n"
+        "from pretrain.plan import main\n"
+        f"main(load('train', {overrides}))\n"
+    )
+    table = output[output.index("Memory of one rank") : output.index("Expected speed")]
+    rows = [line for line in table.splitlines() if line.startswith("│")]
+    assert [row.split()[1] for row in rows] == ["1", "1", "2", "2", "3", "3"]
+    assert [("over: " in row) for row in rows] == [True, False] * 3
+
+
 def test_hours_include_what_failures_cost():
     plan = plan_of(*HUGINN)
     steps_s = plan.config.total_tokens / plan.tokens_per_s

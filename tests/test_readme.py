@@ -11,10 +11,11 @@ import pytest
 
 from conftest import SMALL, run_cli, write_published_tokenizer
 from pretrain.adopt import complete
-from pretrain.cli import COMMANDS
+from pretrain.cli import COMMANDS, reads_run_folder
 from pretrain.compose import load, write_frozen
 from pretrain.harness import run as harness_run
 from pretrain.harness.config import model_options
+from pretrain.loop.run_folder import log_file
 from pretrain.multirun import combinations
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,7 +73,7 @@ def check_pretrain(words: list[str]) -> None:
                 overrides = complete(overrides)
             # what names a run by a swept value is not among the words
             for job in combinations([word for word in overrides if word not in FLAGS]):
-                load(command.primary, job)
+                load(command.primary, job, resumes=reads_run_folder(command, job))
             return
     raise AssertionError(f"there is no command {words[0]}")
 
@@ -142,7 +143,8 @@ def test_command_of_a_page_is_real(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     # where a command reads a run, there is one
-    shutil.copytree(run, tmp_path / "out/runs/tiny")
+    for folder in {"out/runs/tiny", *re.findall(r"out/runs/[\w-]+", shown.line)}:
+        shutil.copytree(run, tmp_path / folder)
     for folder in re.findall(r" hf=(\S+)", shown.line):
         write_published_tokenizer(tmp_path / folder, 384)
         for name in ("config.json", "model.safetensors"):
@@ -155,6 +157,13 @@ def test_command_of_a_page_is_real(
             (tmp_path / name).write_text(text, encoding="utf-8")
         monkeypatch.setattr("pretrain.compose.config_source", lambda: str(tmp_path / "conf"))
     check(words_of(shown.line))
+
+
+def test_logs_that_pages_follow_are_those_that_runs_write() -> None:
+    words = {word for shown in SHOWN for word in shown.line.split() if "/logs/" in word}
+    followed = [Path(word) for word in words if word.startswith("out/runs/")]
+    assert followed
+    assert followed == [log_file(path.parents[1], 0) for path in followed]
 
 
 def test_tree_of_the_readme_is_the_tree() -> None:

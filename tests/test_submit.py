@@ -12,6 +12,8 @@ import pytest
 import yaml
 
 from conftest import SMALL, run_cli
+from pretrain.budget import make_plan
+from pretrain.compose import load
 from pretrain.loop.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,11 +49,12 @@ def test_a_dry_run_shows_plan_script_and_command_and_writes_nothing(tmp_path: Pa
         tmp_path, "submit", *LARGE, "submit.dry_run=true", "submit.chain=3", "submit.after=17"
     )
     assert done.returncode == 0, done.stderr
+    step = make_plan(load("submit", LARGE).run_config()).estimate.step
     for said in (
         "256 on 32 hosts",
         "GiB a rank",
         "tokens/s expected",
-        "waiting for the slowest",
+        f"idle    {step.idle:.1%} of a step, {step.depth_wait_s / step.total_s:.1%} waiting for",
         "rank hours",
         "#SBATCH --nodes=32\n",
         "exec launch/job.sh run.dir=out/runs/first\n",

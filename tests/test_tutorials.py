@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from conftest import run_cli
+from pretrain import plan
+from pretrain.budget import make_plan
+from pretrain.compose import load
+from pretrain.engine.memory import GIB
 from test_readme import written_files
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,6 +84,57 @@ for case in found:
     assert find_faults(replace(case, providers=providers), torch.device("cpu")) == {}
 """
     run_python(copy_with_kernel, "-c", code)
+
+
+def shown_after(page: str, command: str) -> tuple[list[str], list[str]]:
+    """The arguments of the first such command of a page that has output, and that output."""
+    text, commands = (TUTORIALS / page).read_text(encoding="utf-8"), ""
+    for language, block in re.findall(r"^```(sh|text)\n(.*?)^```", text, flags=re.M | re.S):
+        if language == "sh":
+            commands = block.replace("\\\n", " ")
+            continue
+        for line in commands.splitlines():
+            if line.startswith(command):
+                words = shlex.split(line, comments=True)[len(command.split()) :]
+                return words, [" ".join(each.split()) for each in block.splitlines()]
+    raise AssertionError(f"{page} shows nothing that comes of {command}")
+
+
+@pytest.mark.parametrize("page", ["one-gpu.md", "slurm.md"])
+def test_a_plan_of_a_tutorial_is_what_plan_prints(
+    page: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, shown = shown_after(page, "pretrain plan")
+    plan.main(load("train", words))
+    printed = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert len(shown) > 3
+    assert [line for line in shown if not any(each.startswith(line) for each in printed)] == []
+
+
+def test_what_submit_says_in_its_tutorial_is_what_it_prints(tmp_path: Path) -> None:
+    words, shown = shown_after("slurm.md", "pretrain submit")
+    assert "submit.dry_run=true" in words
+    done = run_cli(tmp_path, "submit", *words)
+    assert done.returncode == 0, done.stderr
+    printed = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert len(shown) > 3
+    assert [line for line in shown if line not in printed] == []
+
+
+def test_the_memory_of_a_tutorial_is_what_a_plan_expects() -> None:
+    text = (TUTORIALS / "one-gpu.md").read_text(encoding="utf-8")
+    heading, _, *rows = [
+        [cell.strip(" `") for cell in line.split("|")[1:-1]]
+        for line in re.findall(r"^\| `batch\.micro_rows`(?:.*\n)+?\n", text, flags=re.M)[0].split(
+            "\n"
+        )
+        if line
+    ]
+    for row, overrides in zip(rows, ([], ["engine.checkpoint_activations=true"]), strict=True):
+        for micro_rows, size in zip(heading[1:], row[1:], strict=True):
+            cut = [f"batch.micro_rows={micro_rows}", *overrides]
+            total = make_plan(load("train", ["experiment=huginn-100m", *cut])).memory.total
+            assert f"{total / GIB:.1f}" == size, (row[0], micro_rows)
 
 
 def test_the_tutorial_about_reports_names_what_a_report_has() -> None:

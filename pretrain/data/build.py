@@ -134,6 +134,14 @@ class _Build:
             for shard in split["train"] + split["valid"]:
                 self._move(shard)
         manifest = self._manifest(records, shards)
+        if not any(source.valid for source in manifest.sources):
+            log.warning(
+                "no document of %s is held out, and training validates: raise data.valid_fraction="
+                "%g, or name files in data.valid_paths, and build under another data.shards. A txt "
+                "file is one document.",
+                self._config.name,
+                self._config.valid_fraction,
+            )
         commit(self._folder / INPUTS_FILE, json.dumps(self._inputs, indent=1).encode())
         commit(self._folder / MANIFEST_FILE, manifest.to_bytes())
         shutil.rmtree(self._folder / WORK_FOLDER)

@@ -258,8 +258,8 @@ def valid_rows(config: DataConfig, *, rows: int, rank: int, ranks: int) -> Batch
     chosen = _choose_valid(config, manifest, rows)
     if len(chosen) < rows and rank == 0:
         log.warning(
-            "Only %d of the %d rows of validation.rows are held out; raise data.valid_fraction "
-            "or add data.valid_paths and build again, or lower validation.rows.",
+            "only %d rows are held out, of %d asked for. For more, raise data.valid_fraction or "
+            "add data.valid_paths, and build again under another data.shards.",
             len(chosen),
             rows,
         )

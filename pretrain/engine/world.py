@@ -169,10 +169,19 @@ def _place_from_torchrun(environ: Mapping[str, str]) -> Place:
             f"The environment has {', '.join(n for n in names if n in environ)} but not "
             f"{', '.join(missing)}; set all of {', '.join(names)} (torchrun does), or none."
         )
-    rank, size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
-    if not 0 <= rank < size:
+    rank, size, local_rank, _ = (
+        _number(environ, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    )
+    if not rank < size:
         raise ConfigError(f"RANK={rank} is not below WORLD_SIZE={size}.")
-    return Place(rank, size, int(environ["LOCAL_RANK"]), "env://", environ["MASTER_ADDR"])
+    return Place(rank, size, local_rank, "env://", environ["MASTER_ADDR"])
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    text = environ[name]
+    if not (text.isascii() and text.isdigit()):
+        raise ConfigError(f"{name}={text!r} in the environment must be a number of 0 or more.")
+    return int(text)
 
 
 def _is_in_srun_step(environ: Mapping[str, str]) -> bool:

@@ -25,6 +25,12 @@ class RunConfig:
     """Length in tokens; or give steps."""
 
     def __post_init__(self) -> None:
+        for name in ("name", "dir"):
+            if not getattr(self, name).strip():
+                raise ConfigError(
+                    f"run.{name}={getattr(self, name)!r} is empty; give run.name=NAME, or "
+                    "run.dir=FOLDER."
+                )
         if (self.steps is None) == (self.tokens is None):
             raise ConfigError(
                 f"run.steps={self.steps} and run.tokens={self.tokens}: give one of the two and "
@@ -67,11 +73,15 @@ class BatchConfig:
         unit = ranks * self.micro_rows * context
         if self.global_tokens % unit:
             lower, upper = self.global_tokens // unit, self.global_tokens // unit + 1
-            near = f"{lower * unit} ({lower} micro-steps) or " if lower else ""
+            near = " or ".join(
+                f"{count * unit} ({count} micro-step{'s' * (count > 1)})"
+                for count in (lower, upper)
+                if count
+            )
             raise ConfigError(
                 f"batch.global_tokens={self.global_tokens} does not divide: {ranks} ranks x "
                 f"batch.micro_rows={self.micro_rows} x model.context={context} = {unit} per "
-                f"micro-step.\n  Nearest: {near}{upper * unit} ({upper} micro-steps)."
+                f"micro-step.\n  Nearest: {near}."
             )
         return self.global_tokens // unit
 

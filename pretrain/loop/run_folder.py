@@ -87,9 +87,14 @@ def begin_life(config: TrainConfig, run_dir: Path) -> None:
         _write_whole(Path(named), f"{run_dir.resolve()}\n")
 
 
+def log_file(run_dir: Path, rank: int) -> Path:
+    """Where a rank's log is, of all its lives."""
+    return run_dir / "logs" / f"rank-{rank:05d}.log"
+
+
 def log_to_folder(run_dir: Path, rank: int) -> None:
     """Send this rank's log to its own file; only rank 0 also shows its progress."""
-    path = run_dir / "logs" / f"rank-{rank:05d}.log"
+    path = log_file(run_dir, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     to_file = logging.FileHandler(path, encoding="utf-8")
     to_file.setFormatter(Redacting(_FORMAT))

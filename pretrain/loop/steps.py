@@ -240,16 +240,16 @@ def _sum(
     is_stopping = asked.stop or session.stop.received is not None
     spent = session.clock.seconds()
     own = _Sums(
-        nats,
-        row_checksum(batch),
-        waited_s,
-        spent.get("forward", 0.0),
-        spent.get("backward", 0.0),
-        len(batch.lost),
-        session.saver.is_writing,
-        is_stopping,
-        asked.save,
-        asked.pause,
+        nats=nats,
+        checksum=row_checksum(batch),
+        waited_s=waited_s,
+        forward_s=spent.get("forward", 0.0),
+        backward_s=spent.get("backward", 0.0),
+        lost=len(batch.lost),
+        writing=session.saver.is_writing,
+        stopping=is_stopping,
+        saving=asked.save,
+        pausing=asked.pause,
     )
     sums = session.world.sum([*own, *session.sensors.take()])
     return _Sums(*sums[: len(own)]), sums[len(own) :]

@@ -27,6 +27,7 @@ from pretrain.engine.world import World, exit_now
 from pretrain.errors import EXIT_STALLED
 from pretrain.loop.exit_record import note_exit
 from pretrain.loop.flight_recorder import flight_record
+from pretrain.loop.run_folder import log_file
 
 log = logging.getLogger(__name__)
 
@@ -220,7 +221,7 @@ class Watchdog:
                 line = json.dumps({"step": self._place[1], "verdict": verdict}) + "\n"
                 with (self._run_dir / "stalls.jsonl").open("a", encoding="utf-8") as file:
                     file.write(line)
-            path = self._run_dir / "logs" / f"rank-{self._world.rank:05d}.stacks"
+            path = log_file(self._run_dir, self._world.rank).with_suffix(".stacks")
             with path.open("a", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
             if record := flight_record():

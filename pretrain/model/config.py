@@ -9,6 +9,8 @@ from pretrain.errors import ConfigError
 # The loss holds the logits of so many tokens at once: 1 GiB in float32 at a vocabulary of 65,536.
 CHUNK_TOKENS = 4096
 
+_LARGEST_SIGMA = 8
+
 _COUNTS = (
     "width",
     "heads",
@@ -226,8 +228,12 @@ class DepthConfig:
         for name in ("mean", "backprop", "block_rows"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"depth.{name}={getattr(self, name)} must be at least 1.")
-        if self.law is Law.poisson_lognormal and not self.sigma > 0:
-            raise ConfigError(f"depth.sigma={self.sigma} must be above 0.")
+        # far above, the mean would come from rates beyond the table, and nothing would say so
+        if self.law is Law.poisson_lognormal and not 0 < self.sigma <= _LARGEST_SIGMA:
+            raise ConfigError(
+                f"depth.sigma={self.sigma} must be above 0 and at most {_LARGEST_SIGMA} (0.5 is "
+                "published)."
+            )
         is_dealt = self.scope is not Scope.step and self.sampling is Sampling.stratified
         if self.lanes is not None and not is_dealt:
             raise ConfigError(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pretrain.model.config import Block, DepthConfig, Injection, ModelConfig
-from pretrain.model.depth import Depth, DepthLaw, means_of_run, settled
+from pretrain.model.depth import DepthLaw, means_of_run, settled
 
 
 def layer_weights(model: ModelConfig) -> int:
@@ -105,8 +105,3 @@ def mean_recomputed(depth: DepthConfig, *, rows: int, kept_iterations: int | Non
     # of a row with k iterations, all but min(k, kept)
     _, kept = mean_iterations(replace(depth, backprop=kept_iterations), rows=rows)
     return with_grad - kept
-
-
-def model_flops_per_token(model: ModelConfig, depth: Depth) -> float:
-    """Training FLOPs per token of a row with this depth, without recomputation."""
-    return TokenFlops.of(model).model(depth.no_grad, depth.with_grad)

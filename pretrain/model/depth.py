@@ -271,7 +271,7 @@ def _poisson_lognormal_cdf(mean: int, sigma: float) -> NDArray[np.float64]:
     if size > _MAX_DEPTH:
         raise ConfigError(
             f"depth.mean={mean} with depth.sigma={sigma} reaches depths of {size}, "
-            f"above {_MAX_DEPTH}; choose a smaller depth.sigma (0.5 is published)."
+            f"above {_MAX_DEPTH}; choose a smaller depth.sigma (0.5 is published) or depth.mean."
         )
     # Half the width that a Poisson mass has as a function of the node, at the largest rate.
     spacing = min(1 / 32, 0.5 / (sigma * math.sqrt(largest_rate)))

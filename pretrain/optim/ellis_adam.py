@@ -16,7 +16,7 @@ class EllisAdam(Optimizer):
 
     While `is_held`, a step changes nothing.
 
-    For each tensor at its t-th update (arXiv 2502.05171, appendix; study of the reference code):
+    For each tensor at its t-th update (arXiv 2502.05171, appendix, and its code):
 
         m, v <- g, g^2                                   only at t = 1, with running_init
         m    <- m + (1 - beta1) (g - m)

@@ -121,7 +121,7 @@ def _lines(path: Path) -> list[str]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise DataError(
-            f"evaluate.tasks: {path}: {error.strerror}; name files of items (JSON lines)."
+            f"{path} cannot be read: {error.strerror}. Tasks are files of items (JSON lines)."
         ) from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: byte {error.start} is no UTF-8 ({error.reason}).") from error

@@ -1,5 +1,6 @@
 """The same text gives the same bytes, however it was built; other text is not taken for it."""
 
+import dataclasses
 import fcntl
 import json
 import logging
@@ -367,6 +368,15 @@ def test_all_text_held_out_is_no_corpus(config, tokenizer_folder):
     config.valid_fraction = 0.9999999
     with pytest.raises(DataError, match="gives no rows to train on"):
         build(config, tokenizer_folder)
+
+
+@pytest.mark.parametrize(("fraction", "is_said"), [(0.0, True), (0.5, False)])
+def test_text_of_which_nothing_is_held_out_is_said_before_training_refuses_it(
+    config, tokenizer_folder, caplog, fraction, is_said
+):
+    manifest = build(dataclasses.replace(config, valid_fraction=fraction), tokenizer_folder)
+    assert any(source.valid for source in manifest.sources) != is_said
+    assert ("raise data.valid_fraction=0" in caplog.text) == is_said
 
 
 def test_a_url_is_no_place_to_build(config, tokenizer_folder):

@@ -280,4 +280,4 @@ def test_fewer_valid_rows_than_asked_are_all_there_are_and_said(make_shards, cap
         batch = valid_rows(config, rows=10_000, rank=0, ranks=1)
     stored = stored_rows(config, "valid")
     assert sorted(rows_of([batch])) == sorted(stored)
-    assert f"Only {len(stored)} of the 10000 rows" in caplog.text
+    assert f"only {len(stored)} rows are held out, of 10000 asked for" in caplog.text

@@ -1,4 +1,4 @@
-"""Memory by ZeRO stage: what is exact by the design's arithmetic, the sum by measured peaks."""
+"""Memory by ZeRO stage: what is exact by ZeRO's arithmetic, the sum by measured peaks."""
 
 import csv
 import dataclasses

@@ -80,6 +80,13 @@ def test_a_rank_beyond_the_world_is_refused() -> None:
         find_place(TORCHRUN | {"RANK": "8"})
 
 
+@pytest.mark.parametrize("text", ["", "-1", "one", "1.0"])
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"])
+def test_a_variable_that_is_no_number_is_named(name: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{name}='{text}' in the environment must be a number"):
+        find_place(TORCHRUN | {name: text})
+
+
 @pytest.mark.parametrize("name", ["SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID"])
 def test_an_incomplete_srun_step_names_what_is_missing(name: str) -> None:
     environ = {key: value for key, value in SRUN.items() if key != name}

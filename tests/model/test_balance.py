@@ -1,4 +1,7 @@
-"""The table of waits in the design, reproduced, and what the shipped deal makes of it."""
+"""The first deal's table of waits, reproduced, and what the shipped deal makes of it.
+
+The first one ("the design") dealt to lanes alone, longest first: EXPERIMENTS.md, dealing depths.
+"""
 
 import dataclasses
 

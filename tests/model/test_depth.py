@@ -201,7 +201,7 @@ def test_neighbours_inside_and_across_lanes_are_exchangeable():
 
 @pytest.mark.parametrize(("rows", "expected", "steps"), [(512, 0.0020, 60), (4096, 0.0003, 24)])
 def test_stratified_steps_cost_nearly_the_same(rows, expected, steps):
-    """The coefficient of variation of DESIGN section 3; it is known to within a factor
+    """The coefficient of variation as first simulated; it is known to within a factor
     1 + 3.3 / sqrt(2 steps) either way (0.1 %), plus the rounding of its one printed digit."""
     work = [
         core_work(step_totals(PUBLISHED, seed=1, first_row=step * rows, rows=rows), 8).sum()

@@ -80,7 +80,7 @@ def test_gains_are_one_and_biases_zero(model):
 
 
 def test_published_numbers_come_out():
-    """study of the published code: sigma 0.00870388, projections 0.000535687 at mean depth 32."""
+    """From the published code: sigma 0.00870388, projections 0.000535687 at mean depth 32."""
     base = math.sqrt(2 / (5 * 5280))
     assert base == pytest.approx(0.00870388, rel=1e-6)
     narrow = make()
@@ -136,7 +136,7 @@ def published() -> RecurrentModel:
 
 
 def test_every_tensor_of_the_published_model_begins_as_published(published):
-    """The table of the study of the published code, at a slice from the end of each tensor."""
+    """As worked out from the published code, at a slice from the end of each tensor."""
     sigmas = {"weight": 0.00870388, "qkv": 0.00870388, "gate_up": 0.00870388, "adapter": 0.00870388}
     sigmas |= {"output": 0.000535687, "down": 0.000535687}
     slice_elements = 40_000

@@ -51,7 +51,7 @@ def make(changes: dict[str, Any]) -> RecurrentModel:
 
 
 class Oracle:
-    """The equations of study and paper with nothing shared but the weights, by their names."""
+    """The equations of the paper with nothing shared but the weights, by their names."""
 
     def __init__(self, config: ModelConfig, weights: dict[str, Tensor]) -> None:
         self.c, self.w = config, weights

@@ -82,7 +82,7 @@ def test_files_are_of_one_kind_with_ids_of_their_own(tmp_path: Path) -> None:
         read_task(write(tmp_path, CHOICE, ANSWER | {"id": "2"}))
     with pytest.raises(DataError, match=r":3: field `id`: '1' is that of line 1 already"):
         read_task(write(tmp_path, CHOICE, CHOICE | {"id": "2"}, CHOICE))
-    with pytest.raises(DataError, match=r"absent\.jsonl: No such file"):
+    with pytest.raises(DataError, match=r"absent\.jsonl cannot be read: No such file"):
         read_task(tmp_path / "absent.jsonl")
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(DataError, match=r"empty\.jsonl has no items"):

@@ -97,7 +97,7 @@ def layer_forward(
     Without a next layer `normed_ND` is x' itself. With float8 weights all products but attention's
     run in float8, and `given.normed_ND` must be float8 too.
     """
-    is_8 = float8 is not None
+    is_float8 = float8 is not None
     matrices = weights if float8 is None else float8.by_output
     rows, tokens, _ = place.layout.cos_BTP.shape
     qkv_NX = project(given.normed_ND, matrices.qkv)
@@ -107,22 +107,22 @@ def layer_forward(
     backend = choose_backend(q, place.layout)
     attended = backend.forward(q, k, v, place.layout)
     mixed_ND = _flat(attended.mixed_BHTK)
-    branch_ND = project(quantize_rows(mixed_ND) if is_8 else mixed_ND, matrices.output)
+    branch_ND = project(quantize_rows(mixed_ND) if is_float8 else mixed_ND, matrices.output)
     middle = LayerInput.after(
         norm_chain(
             branch_ND, given.sum_ND, rstd_N=given.rstd_N, gain_D=given.gain_D,
             gain_a_D=weights.norm_2, gain_b_D=weights.norm_3, epsilon=place.epsilon,
-            sum_out=branch_ND, fp8=is_8,
+            sum_out=branch_ND, fp8=is_float8,
         ),
         weights.norm_2,
     )  # fmt: skip
     gate_up_N2I = project(middle.normed_ND, matrices.gate_up)
-    branch_ND = project(swiglu(gate_up_N2I, fp8=is_8), matrices.down)
+    branch_ND = project(swiglu(gate_up_N2I, fp8=is_float8), matrices.down)
     after = LayerInput.after(
         norm_chain(
             branch_ND, middle.sum_ND, rstd_N=middle.rstd_N, gain_D=middle.gain_D,
             gain_a_D=weights.norm_4, gain_b_D=next_norm_D, epsilon=place.epsilon,
-            sum_out=branch_ND, fp8=is_8 and next_norm_D is not None,
+            sum_out=branch_ND, fp8=is_float8 and next_norm_D is not None,
         ),
         weights.norm_4,
     )  # fmt: skip
