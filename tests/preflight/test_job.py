@@ -27,7 +27,7 @@ def test_two_ranks_probe_their_job_and_rank_0_says_what_it_found(workspace, tmp_
     first, second = texts(tmp_path)
     for subject in ("ranks", "clock", "all-reduce", "links", "parity"):
         assert f"ok      {subject} " in first
-    assert "ZeRO-2 bf16 on 2 ranks" in first
+    assert "ZeRO-2 bf16, overlap_comm on 2 ranks" in first
     assert "These 2 ranks can train" in first
     # another rank logs which kernels run, and is silent about what all have found
     findings = [
