@@ -276,6 +276,7 @@ class TestEngine:
         assert (row["gpus"], row["zero"], row["accumulation"]) == ("2", "2", "2")
         (run_dir,) = (path for path in (tmp_path / "runs").iterdir() if path.is_dir())
         lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+        assert row["warm_steps"] == "2"
         steps = [line for line in lines if line.get("step", 0) > 2][: int(row["steps"])]
         config = load("train", list(self.OVERRIDES), resumes=False)
         even = wait = 0.0
@@ -287,6 +288,8 @@ class TestEngine:
             first, second = sorted(costs[:2]), sorted(costs[2:])
             wait += sum(map(max, first, second))
         seconds = sum(step["speed/step_s"] for step in steps)
+        parts = [row[f"{part}_s"] for part in ("data", "forward", "backward", "wait", "update")]
+        assert sum(map(float, parts)) == pytest.approx(seconds / len(steps), rel=0.02, abs=3e-4)
         assert float(row["share_of_bare"]) == pytest.approx(even / seconds, abs=1e-4)
         assert float(row["share_less_wait"]) == pytest.approx(wait / seconds, abs=1e-4)
         assert float(row["fit_c_s"]) == pytest.approx(self.C, abs=1e-5)

@@ -8,8 +8,10 @@ A bare pass of a row takes a + b n + c k seconds, fitted to the rows of results/
 card. share_of_bare is what the realised depths of the timed steps would take by that, on ranks that
 do not wait for each other, over what they took: engine, optimizer, data and waiting cost the rest.
 share_less_wait allows for the wait that the deal of these very steps implies: at the end of a step
-under stage 1, at every micro-step under 2 and 3. Rows go to results/step.csv and
-results/engine.csv; words that are no option are overrides of the run.
+under stage 1, at every micro-step under 2 and 3. Seconds by part (data, forward, ...) are a step's
+means, as its records have them. Scope `independent` is a depth per row, drawn without strata or
+deal. Rows go to results/step.csv and results/engine.csv; words that are no option are overrides of
+the run.
 """
 
 import csv
@@ -32,12 +34,21 @@ from pretrain.model.depth import Depth, step_depths
 from reliability import FOLDER, records, train
 from step import RESULTS, append, card
 
-WARM_STEPS = 2
+PARTS = {
+    "data_s": "data/wait_s", "forward_s": "time/forward_s", "backward_s": "time/backward_s",
+    "wait_s": "time/wait_s", "update_s": "time/update_s",
+}  # fmt: skip
+"""By the name of the column: what a record of a step calls the seconds."""
 OPTIONS = {
     "preset": "huginn-3.5b", "gpus": "1", "zero": "1", "accumulation": "1,8", "path": "fused",
     "scope": "row", "precision": "same", "overlap": "false", "seconds": "25",
     "results": str(RESULTS), "runs": str(FOLDER),
 }  # fmt: skip
+SCOPES = {
+    "row": ["depth.scope=row"],
+    "independent": ["depth.scope=row", "depth.sampling=independent"],
+    "step": ["depth.scope=step"],
+}
 # by the name of the option: the name in step.csv, and what asks for it
 PRECISIONS = {
     "same": ("bf16", []),
@@ -60,6 +71,11 @@ class Setting:
     precision: str
     """As in step.csv."""
     overrides: list[str]
+
+    @property
+    def warm_steps(self) -> int:
+        """Before the timed ones; every kernel has run at every shape after one micro-step."""
+        return 2 if self.accumulation < 4 else 1
 
     @property
     def name(self) -> str:
@@ -89,12 +105,12 @@ def main(words: list[str]) -> None:
             raise SystemExit("A bare pass is fitted to one row; leave batch.micro_rows=1.")
         # before the run, because a table that lacks rows is cheaper to find out now
         bare = BarePass.read(results / "step.csv", setting, config)
-        enough = Enough(float(options["seconds"]))
+        enough = Enough(float(options["seconds"]), setting.warm_steps)
         shutil.rmtree(runs / setting.name, ignore_errors=True)
         run_dir = train(
             setting.name, setting.overrides, gpus=setting.gpus, until=enough, folder=runs
         )
-        taken = timed(records(run_dir))
+        taken = enough.timed(run_dir)
         if len(taken) < enough.steps:
             raise SystemExit(
                 f"{setting.name} ended after {len(taken)} timed steps of the {enough.steps} that "
@@ -120,7 +136,7 @@ def settings(options: dict[str, str], overrides: list[str]) -> Iterator[Setting]
             overrides=[
                 *preset, f"engine=zero{zero}-bf16", f"model.path={options['path']}", *narrow,
                 f"batch.global_tokens={context * gpus * accumulation}", "batch.micro_rows=1",
-                f"depth.scope={scope}", f"engine.overlap_comm={overlap}",
+                *SCOPES[scope], f"engine.overlap_comm={overlap}",
                 "schedule.warmup_tokens=0", "schedule.cooldown_tokens=0",
                 "run.tokens=null", "run.steps=4000", "checkpoint.every_steps=100000",
                 "validation.every_steps=100000", f"validation.rows={gpus}",
@@ -132,22 +148,22 @@ def settings(options: dict[str, str], overrides: list[str]) -> Iterator[Setting]
 class Enough:
     """Whether the timed steps of a run have lasted long enough."""
 
-    steps = 3
+    steps = 2
     """The least that are timed."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: float, warm_steps: int) -> None:
+        self.seconds, self.warm_steps = seconds, warm_steps
 
     def __call__(self, run_dir: Path) -> bool:
         """Asked several times a second."""
-        taken = timed(records(run_dir))
+        taken = self.timed(run_dir)
         lasted_s = sum(step["speed/step_s"] for step in taken)
         return lasted_s >= self.seconds and len(taken) >= self.steps
 
-
-def timed(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Records of steps that are warm."""
-    return [r for r in found if "loss/nats" in r and r["step"] > WARM_STEPS]
+    def timed(self, run_dir: Path) -> list[dict[str, Any]]:
+        """Records of steps that are warm."""
+        found = records(run_dir)
+        return [r for r in found if "loss/nats" in r and r["step"] > self.warm_steps]
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,11 +236,13 @@ def report(
         "gpus": setting.gpus, "zero": setting.zero, "accumulation": setting.accumulation,
         "overlap": setting.overlap,
         "kept_iterations": "" if kept is None else kept,
-        "steps": len(taken), "seconds": round(seconds, 2),
+        "warm_steps": setting.warm_steps, "steps": len(taken), "seconds": round(seconds, 2),
         "tokens_per_s_per_gpu": round(tokens / seconds / setting.gpus, 1),
         "share_of_bare": round(even / seconds, 4), "share_less_wait": round(waiting / seconds, 4),
         "fit_a_s": round(bare.fit[0], 5), "fit_b_s": round(bare.fit[1], 5),
         "fit_c_s": round(bare.fit[2], 5), "fit_residual": round(bare.residual, 4),
+        **{name: round(float(np.mean([step[key] for step in taken])), 4)
+           for name, key in PARTS.items()},
         "peak_bytes": taken[-1].get("memory/peak_bytes", ""),
         "gpu": card(), "torch": torch.__version__,
         "commit": os.environ.get("PRETRAIN_COMMIT", "unknown"),

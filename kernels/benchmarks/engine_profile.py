@@ -1,11 +1,13 @@
-"""What an optimizer step costs besides its forward and backward passes, on one GPU.
+"""What an optimizer step costs besides its forward and backward passes, on one GPU or several.
 
     python kernels/benchmarks/engine_profile.py data=files data.root=x data.name=x [overrides]
+    torchrun --standalone --nproc-per-node=4 kernels/benchmarks/engine_profile.py zero=2 ...
 
-One row, one micro-step of huginn-3.5b through the engine: seconds of each phase at full depth and
-at depth 1, where everything but the engine's own work is short, then the kernels of a step at depth
-1. With update=deepspeed the same for DeepSpeed's own step (engine/takeover.py says what differs).
-Phases go to results/engine-phases.csv, kernels to results/engine-profile-UPDATE.csv.
+A row for each GPU, one micro-step of huginn-3.5b through the engine: seconds of each phase at full
+depth and at depth 1, where everything but the engine's own work is short, then the kernels of a
+step at depth 1. With update=deepspeed the same for DeepSpeed's own step (engine/takeover.py says
+what differs). Phases of rank 0 go to results/engine-phases.csv, its kernels to
+results/engine-profile-GPUSxzeroSTAGE-UPDATE.csv.
 
 What to expect, at 4.1 TB/s and 3.56 B parameters (0.87 ms for a byte of each): the update is 4 + 20
 + 18 bytes or 36.5 ms; the backward pass adds 6 bytes or 5.2 ms. DeepSpeed's own: 4 + 8 + 36 + 6 + 8
@@ -37,16 +39,18 @@ DEPTHS = (Depth(24, 8), Depth(0, 1))
 
 def main() -> None:
     """Time the phases, then list the kernels."""
-    update, overrides = "ours", []
+    options, overrides = {"update": "ours", "zero": "1"}, []
     for word in sys.argv[1:]:
-        if word.startswith("update="):
-            update = word.removeprefix("update=")
+        key, _, value = word.partition("=")
+        if key in options:
+            options[key] = value
         else:
             overrides.append(word)
+    update, gpus = options["update"], int(os.environ.get("WORLD_SIZE", "1"))
     words = [
-        "experiment=huginn-3.5b", "engine=zero1-bf16", "model.path=fused",
-        "batch.global_tokens=4096", "batch.micro_rows=1", "schedule.warmup_tokens=0",
-        "run.tokens=null", "run.steps=100", "validation.rows=1", *overrides,
+        "experiment=huginn-3.5b", f"engine=zero{options['zero']}-bf16", "model.path=fused",
+        f"batch.global_tokens={4096 * gpus}", "batch.micro_rows=1", "schedule.warmup_tokens=0",
+        "run.tokens=null", "run.steps=100", f"validation.rows={gpus}", *overrides,
     ]  # fmt: skip
     config = load("train", words, resumes=False)
     world = join(config.engine)
@@ -60,9 +64,14 @@ def main() -> None:
         phases: dict[str, list[float]] = {"forward": [], "backward": [], "update": []}
         for _ in range(REPEATS):
             once(engine, step, phases)
-        record(update, depth, {name: statistics.median(s[1:]) for name, s in phases.items()})
-    path = RESULTS / f"engine-profile-{update}.csv"
-    profile_step(lambda: once(engine, steps[DEPTHS[1]], None), path)
+        if world.is_main:
+            what = {
+                "update": update, "gpus": gpus, "zero": options["zero"],
+                "overlap": config.engine.overlap_comm,
+            }  # fmt: skip
+            record(what, depth, {name: statistics.median(s[1:]) for name, s in phases.items()})
+    name = f"engine-profile-{gpus}xzero{options['zero']}-{update}.csv"
+    profile_step(lambda: once(engine, steps[DEPTHS[1]], None), RESULTS / name, world.is_main)
     leave(world)
 
 
@@ -77,10 +86,10 @@ def choose_update(update: str) -> None:
         raise SystemExit(f"update={update} is neither ours nor deepspeed.")
 
 
-def record(update: str, depth: Depth, seconds: dict[str, float]) -> None:
+def record(what: dict[str, Any], depth: Depth, seconds: dict[str, float]) -> None:
     """Print and keep the phases of a step."""
-    row = {
-        "update": update, "no_grad": depth.no_grad, "with_grad": depth.with_grad,
+    row = what | {
+        "no_grad": depth.no_grad, "with_grad": depth.with_grad,
         **{f"{name}_ms": round(1e3 * value, 2) for name, value in seconds.items()},
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
         "commit": os.environ.get("PRETRAIN_COMMIT", "unknown"),

@@ -14,8 +14,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def train(
     gpus: int = 1,
     until: Callable[[Path], bool] | None = None,
     folder: Path = FOLDER,
+    environment: Mapping[str, str] | None = None,
 ) -> Path:
     """One life of a run, killed as soon as `until` holds; its folder. NAME.log beside it has what
     it said. Relative paths mean what they mean here, on any number of GPUs.
@@ -74,6 +76,7 @@ def train(
     command += [*arguments, f"run.dir={run_dir}", "logging=quiet"]
     environment = {
         **os.environ, "PRETRAIN_PYTHON": sys.executable, "PRETRAIN_WORKDIR": str(Path.cwd()),
+        **(environment or {}),
     }  # fmt: skip
     started = time.monotonic()
     with (folder / f"{name}.log").open("ab") as log:
@@ -277,7 +280,68 @@ def zero(overrides: list[str]) -> None:
     report("zero", f"resumed by ZeRO-1 on one GPU, loss of step {last}", difference, "nats")
 
 
+def elastic(overrides: list[str]) -> None:
+    """A save by ZeRO-1 on all GPUs, a kill, and resumes side by side on half of them and on one."""
+    gpus, saved, last = torch.cuda.device_count(), 3, 6
+    setting = [*LARGE, *overrides, f"batch.global_tokens={8192 * gpus}", "run.steps=40"]
+    run_dir = train(
+        "all", [*setting, f"+checkpoint.tags.first={saved}"], gpus=gpus,
+        until=lambda d: any("checkpoint/step" in r for r in records(d)) and last in steps(d),
+    )  # fmt: skip
+    before = steps(run_dir)
+    (copied,) = [r for r in records(run_dir) if "checkpoint/step" in r]
+    for key in ("bytes", "copied_s", "written_s"):
+        unit = "bytes" if key == "bytes" else "s"
+        report("elastic", f"checkpoint/{key}", copied[f"checkpoint/{key}"], unit, gpus)
+    lives = {"half": (1, gpus // 2, "zero2-bf16"), "one": (0, 1, "zero1-bf16")}
+    threads = []
+    for name, (first, count, engine) in lives.items():
+        # links: a checkpoint's files are never changed, what a run writes to is copied
+        shutil.copytree(run_dir, FOLDER / name, copy_function=link_or_copy)
+        cards = ",".join(str(first + card) for card in range(count))
+        threads.append(threading.Thread(target=resume_elsewhere, args=(
+            name, [*setting, f"engine={engine}"], count, cards, before, saved, last,
+        )))  # fmt: skip
+        threads[-1].start()
+    for thread in threads:
+        thread.join()
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """What is large is a file of a checkpoint."""
+    if Path(source).stat().st_size > 1 << 20:
+        os.link(source, target)
+    else:
+        shutil.copy2(source, target)
+
+
+def resume_elsewhere(
+    name: str,
+    setting: list[str],
+    gpus: int,
+    cards: str,
+    before: dict[int, Any],
+    saved: int,
+    last: int,
+) -> None:
+    """A life on other GPUs from step `saved` to `last`, against the steps of the life before."""
+    started = time.monotonic()
+    run_dir = FOLDER / name
+    train(
+        name, setting, gpus=gpus, until=has_again(run_dir, last),
+        environment={"CUDA_VISIBLE_DEVICES": cards},
+    )  # fmt: skip
+    passed_s = round(time.monotonic() - started, 1)
+    again = steps(run_dir)
+    what = f"resumed by {setting[-1]}"
+    report("elastic", f"{what}, kill to step {last}", passed_s, "s", gpus)
+    for number in range(saved + 1, last + 1):
+        difference = abs(again[number]["loss/nats"] - before[number]["loss/nats"])
+        report("elastic", f"{what}, loss of step {number}", difference, "nats", gpus)
+
+
 PARTS = {
+    "elastic": elastic,
     "draws": draws,
     "copies": copies,
     "deterministic": deterministic,

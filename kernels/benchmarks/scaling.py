@@ -68,8 +68,12 @@ LEVEL = "2026-11-25-2xh100/one.jsonl"
 ON_TWO = {f"2026-11-25-2xh100/zero{stage}.jsonl": stage for stage in (1, 2, 3)}
 # of reliability.py's runs, the steps whose speed its `zero` rows give
 TIMED = range(2, 5)
-# of engine.py's runs, those before the timed ones
-WARM_STEPS = 2
+# by what engine.csv calls a depth per row or step
+DRAWS = {
+    "row": ["depth.scope=row"],
+    "independent": ["depth.scope=row", "depth.sampling=independent"],
+    "step": ["depth.scope=step"],
+}
 # commits of rows of engine.csv whose runs took DeepSpeed's step, as all records before them did
 BEFORE_OURS = {"6b15f55", "f177428"}
 
@@ -336,11 +340,11 @@ def engine_runs() -> list[tuple[dict[str, str], float]]:
     for row in rows:
         gpus, accumulation = int(row["gpus"]), int(row["accumulation"])
         config = load("train", [
-            *HUGINN, f"engine=zero{row['zero']}-bf16", f"depth.scope={row['scope']}",
+            *HUGINN, f"engine=zero{row['zero']}-bf16", *DRAWS[row["scope"]],
             f"engine.overlap_comm={row['overlap']}",
             f"cluster.gpus_per_node={gpus}", f"batch.global_tokens={4096 * gpus * accumulation}",
         ])  # fmt: skip
-        count, first = config.rows_per_step, WARM_STEPS
+        count, first = config.rows_per_step, int(row["warm_steps"])
         totals = np.stack([
             step_totals(config.depth, seed=config.run.seed, first_row=step * count, rows=count)
             for step in range(first, first + int(row["steps"]))

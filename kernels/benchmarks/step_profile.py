@@ -10,6 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 CLASSES = (
+    ("communication", r"nccl"),
     ("attention", r"fmha|flash|flex|sdpa|cudnn.*(attn|sm90)"),
     ("float8 product", r"e4m3|f8|fp8"),
     ("matrix product", r"gemm|cutlass|nvjet|cublas|xmma|splitk"),
@@ -22,14 +23,19 @@ CLASSES = (
 )
 
 
-def profile_step(step: Callable[[], object], path: Path) -> None:
-    """Print and write the GPU time of one step by class, and its largest kernels."""
+def profile_step(step: Callable[[], object], path: Path, is_kept: bool = True) -> None:
+    """Print and write the GPU time of one step by class, and its largest kernels.
+
+    Of several ranks all take the steps, and one keeps what it finds.
+    """
     for _ in range(3):
         step()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
         step()
         torch.cuda.synchronize()
+    if not is_kept:
+        return
     times: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
     for event in found.key_averages():
