@@ -312,7 +312,7 @@ class TestEngine:
     def test_only_a_row_alike_on_one_gpu_is_compared(self, engine, tmp_path):
         row = {
             "scope": "step", "path": "fused", "precision": "bf16", "accumulation": 4,
-            "kept_iterations": "", "gpu": "x", "gpus": 1, "share_of_bare": 0.9,
+            "kept_iterations": "", "cards": "", "gpu": "x", "gpus": 1, "share_of_bare": 0.9,
         }  # fmt: skip
         two = row | {"gpus": 2, "share_of_bare": 0.882}
         table = tmp_path / "engine.csv"
@@ -320,6 +320,24 @@ class TestEngine:
         for other in (row, row | {"scope": "row", "share_of_bare": 0.5}, two):
             engine.append(table, other)
         assert engine.against_one_gpu(table, two) == 0.98
+
+    def test_the_slowest_of_the_same_cards_is_compared(self, engine, tmp_path):
+        alike = {
+            "scope": "step", "path": "fused", "precision": "bf16", "accumulation": 4,
+            "kept_iterations": "", "gpu": "x",
+        }  # fmt: skip
+        table = tmp_path / "engine.csv"
+        alone = [("a", 0.5), ("a", 0.99), ("b", 0.98), ("c", 0.97)]
+        for card, share in alone:
+            engine.append(table, alike | {"cards": card, "gpus": 1, "share_of_bare": share})
+
+        def against(cards):
+            row = alike | {"cards": cards, "gpus": 2, "share_of_bare": 0.95}
+            return engine.against_one_gpu(table, row)
+
+        assert against("a b") == round(0.95 / 0.98, 4)
+        assert against("a d") == round(0.95 / 0.99, 4)
+        assert against("d e") == round(0.95 / 0.97, 4)
 
 
 def test_runs_that_are_compared_take_the_paths_of_their_names(monkeypatch):

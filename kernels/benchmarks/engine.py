@@ -244,7 +244,7 @@ def report(
         **{name: round(float(np.mean([step[key] for step in taken])), 4)
            for name, key in PARTS.items()},
         "peak_bytes": taken[-1].get("memory/peak_bytes", ""),
-        "gpu": card(), "torch": torch.__version__,
+        "cards": cards(setting.gpus), "gpu": card(), "torch": torch.__version__,
         "commit": os.environ.get("PRETRAIN_COMMIT", "unknown"),
     }  # fmt: skip
     share_of_one = against_one_gpu(results / "engine.csv", row)
@@ -253,19 +253,35 @@ def report(
     print(json.dumps(row | {"share_of_one_gpu": share_of_one}), flush=True)
 
 
+def cards(gpus: int) -> str:
+    """The first digits of the used GPUs' UUIDs: cards of one model differ by a per cent or two."""
+    if not torch.cuda.is_available():
+        return ""
+    uuids = [str(torch.cuda.get_device_properties(number).uuid) for number in range(gpus)]
+    return " ".join(uuid.removeprefix("GPU-")[:8] for uuid in uuids)
+
+
 def against_one_gpu(table: Path, row: dict[str, Any]) -> float | None:
     """The share of bare of this row over that of the newest row alike on one GPU, if there is one.
 
-    Shares and not tokens per second, because the realised depths of the two differ.
+    Ranks move at the pace of the slowest card: of the row's own cards that were measured alone the
+    slowest counts; if none was, the newest row of any card. Shares and not tokens per second,
+    because the realised depths of the two differ.
     """
     alike = ("scope", "path", "precision", "accumulation", "kept_iterations", "gpu")
-    share = None
+    found: dict[str, float] = {}
     if table.exists():
-        with table.open() as file:
+        with table.open(newline="") as file:
             for other in csv.DictReader(file):
                 if other["gpus"] == "1" and all(other[key] == str(row[key]) for key in alike):
-                    share = float(other["share_of_bare"])
-    return None if share is None else round(float(row["share_of_bare"]) / share, 4)
+                    # the newest last
+                    found.pop(other["cards"], None)
+                    found[other["cards"]] = float(other["share_of_bare"])
+    if not found:
+        return None
+    own = [found[card] for card in str(row["cards"]).split() if card in found]
+    alone = min(own) if own else list(found.values())[-1]
+    return round(float(row["share_of_bare"]) / alone, 4)
 
 
 def step_row(

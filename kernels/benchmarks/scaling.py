@@ -355,22 +355,35 @@ def engine_runs() -> list[tuple[dict[str, str], float]]:
 
 
 def engine_table() -> str:
-    """Whole steps of the fused path through the engine, whose passes alone were fitted."""
+    """Whole steps of the fused path through the engine, whose passes alone were fitted.
+
+    Runs alike are one line.
+    """
     lines = [
-        "| GPUs | stage | overlap | one depth per | micro-steps | update | steps | tokens/s of a "
+        "| GPUs | stage | overlap | one depth per | micro-steps | update | runs | tokens/s of a "
         "GPU: measured | predicted | error of the total time | outside of passes: measured "
         "| predicted |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+    alike: dict[tuple[str, ...], list[tuple[dict[str, str], float]]] = {}
     for row, predicted_s in engine_runs():
-        seconds, speed = float(row["seconds"]), float(row["tokens_per_s_per_gpu"])
-        ideal_s = float(row["share_of_bare"]) * seconds
+        key = (
+            row["gpus"], f"ZeRO-{row['zero']}", "yes" if row["overlap"] == "true" else "no",
+            "row, independent" if row["scope"] == "independent" else row["scope"],
+            row["accumulation"], "DeepSpeed" if row["commit"] in BEFORE_OURS else "ours",
+        )  # fmt: skip
+        # on one GPU nothing is reduced
+        key = (*key[:2], "", *key[3:]) if key[0] == "1" else key
+        alike.setdefault(key, []).append((row, predicted_s))
+    for key, runs in sorted(alike.items(), key=lambda item: (item[0][5], item[0])):
+        seconds = sum(float(row["seconds"]) for row, _ in runs)
+        tokens = sum(float(r["tokens_per_s_per_gpu"]) * float(r["seconds"]) for r, _ in runs)
+        ideal_s = sum(float(row["share_of_bare"]) * float(row["seconds"]) for row, _ in runs)
+        predicted_s = sum(predicted for _, predicted in runs)
         lines.append(
-            f"| {row['gpus']} | ZeRO-{row['zero']} | {'yes' if row['overlap'] == 'true' else 'no'} "
-            f"| {row['scope']} | {row['accumulation']} "
-            f"| {'DeepSpeed' if row['commit'] in BEFORE_OURS else 'ours'} | {row['steps']} "
-            f"| {speed:,.0f} | {speed * seconds / predicted_s:,.0f} "
-            f"| {predicted_s / seconds - 1:+.1%} | {1 - ideal_s / seconds:.1%} "
+            f"| {' | '.join(key)} | {len(runs)} | {tokens / seconds:,.0f} "
+            f"| {tokens / predicted_s:,.0f} | {predicted_s / seconds - 1:+.1%} "
+            f"| {1 - ideal_s / seconds:.1%} "
             f"| {1 - ideal_s / predicted_s:.1%} |"
         )
     return "\n".join(lines)

@@ -1,11 +1,14 @@
-"""Pictures of the measured step: tokens/s against rows, and milliseconds of a row by class.
+"""Pictures of the measured step: tokens/s against rows, milliseconds of a row by class, and whole
+steps on several GPUs.
 
     python kernels/benchmarks/step_plots.py
 
-Reads results/step.csv and results/2026-11-26-h200/step-classes.csv, writes docs/images/step-*.png.
+Reads results/step.csv, results/2026-11-26-h200/step-classes.csv and results/engine.csv, writes
+docs/images/step-*.png.
 """
 
 import csv
+import statistics
 from collections import defaultdict
 from pathlib import Path
 
@@ -32,9 +35,10 @@ CLASSES = (
 
 
 def main() -> None:
-    """Draw both."""
+    """Draw all."""
     plot_rows()
     plot_classes()
+    plot_gpus()
 
 
 def plot_rows() -> None:
@@ -84,6 +88,54 @@ def plot_classes() -> None:
     axes.set(xlabel="ms of kernels for a row of 4,096 tokens", xlim=(0, 1330))
     axes.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.4, 1.22), ncol=4)
     save(figure, "step-classes.png")
+
+
+def plot_gpus() -> None:
+    """Where a step of one micro-step and of eight goes, by stage, on one to four GPUs."""
+    with (HERE / "results/engine.csv").open(newline="") as file:
+        rows = [
+            row
+            for row in csv.DictReader(file)
+            # the parts of a step are there since cards are
+            if (row["gpu"], row["precision"], row["scope"]) == (GPU, "bf16", "step")
+            and row["cards"]
+            and row["overlap"] == ("false" if row["zero"] == "3" else "true")
+        ]
+    figure, both = plt.subplots(1, 2, figsize=(9, 2.9), sharey=True)
+    for axes, accumulation in zip(both, ("1", "8"), strict=True):
+        alike: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
+        for row in rows:
+            if row["accumulation"] == accumulation:
+                alike[row["gpus"], row["zero"]].append(parts(row))
+        keys = sorted(alike, reverse=True)
+        for index, key in enumerate(keys):
+            left = 0.0
+            for number, name in enumerate(alike[key][0]):
+                width = 100 * statistics.mean(own[name] for own in alike[key])
+                label = name if index == 0 and axes is both[0] else None
+                axes.barh(index, width, left=left, color=f"C{number}", label=label)
+                left += width
+        names = [f"{gpus} GPU{'s' * (gpus != '1')}, ZeRO-{stage}" for gpus, stage in keys]
+        axes.set_yticks(range(len(keys)), names, fontsize=8)
+        steps = "one micro-step" if accumulation == "1" else "eight micro-steps"
+        axes.set(xlabel="% of a step", xlim=(85, 100))
+        axes.set_title(f"huginn-3.5b, a depth per step, {steps}", fontsize=8)
+        axes.tick_params(axis="x", labelsize=8)
+    figure.legend(fontsize=7, loc="upper center", ncol=4, bbox_to_anchor=(0.5, 1.06))
+    save(figure, "step-gpus.png")
+
+
+def parts(row: dict[str, str]) -> dict[str, float]:
+    """Shares of a step; they add up to 1."""
+    step_s = float(row["seconds"]) / int(row["steps"])
+    update, wait = float(row["update_s"]) / step_s, float(row["wait_s"]) / step_s
+    passes = float(row["share_of_bare"])
+    return {
+        "bare passes": passes,
+        "update, gathering weights": update,
+        "meeting after the last pass": wait,
+        "sums, reductions, slower cards": 1 - passes - update - wait,
+    }
 
 
 def save(figure: plt.Figure, name: str) -> None:

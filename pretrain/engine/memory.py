@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pretrain.engine.config import EngineConfig, Precision
 from pretrain.model.activations import peak_activation_bytes
-from pretrain.model.config import ModelConfig
+from pretrain.model.config import ComputePath, ModelConfig
 from pretrain.model.cost import count_parameters
 
 GIB = 2**30
@@ -69,7 +69,7 @@ def rank_memory(
         gradients=_FP32_BYTES * (parameters if engine.zero_stage == 1 else share),
         masters=_FP32_BYTES * share,
         moments=2 * _FP32_BYTES * share,
-        buffers=_buffer_bytes(engine, counts),
+        buffers=_buffer_bytes(engine, model.path, counts),
         activations=peak_activation_bytes(
             model,
             backprop,
@@ -81,7 +81,7 @@ def rank_memory(
     )
 
 
-def _buffer_bytes(engine: EngineConfig, counts: Mapping[str, int]) -> int:
+def _buffer_bytes(engine: EngineConfig, path: ComputePath, counts: Mapping[str, int]) -> int:
     parameters, element = sum(counts.values()), element_bytes(engine.precision)
     bucket = min(engine.bucket_elements, parameters)
     # the tied embedding's gradient waits from the head to the end of the backward pass
@@ -93,8 +93,9 @@ def _buffer_bytes(engine: EngineConfig, counts: Mapping[str, int]) -> int:
     width = _FP32_BYTES + (element if engine.zero_stage > 1 else 0)
     buckets = bucket * width * (2 if engine.overlap_comm else 1)
     if engine.zero_stage == 3:
-        # the whole core is gathered at once, and its gradients leave together
-        waiting += 2 * element * (counts["core"] + counts["adapter"])
+        # the whole core is gathered at once, and its gradients leave together or layer by layer
+        core = element * (counts["core"] + counts["adapter"])
+        waiting += core if path is ComputePath.fused else 2 * core
     return waiting + buckets
 
 

@@ -3,7 +3,7 @@
 Depths are those that training deals, simulated for some steps; everything else is arithmetic.
 """
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -146,12 +146,12 @@ def step_time(config: TrainConfig, simulation: Simulation) -> StepTime:
     The mean work of a rank is exact, from the law; waiting in proportion to it is simulated.
     """
     depth, ranks, rows = simulation.depth, config.cluster.ranks, config.rows_per_step
-    layout, row = layout_of(config), RowSeconds.of(config)
+    row = RowSeconds.of(config)
     compute_s = rows / ranks * row.at(*mean_row_iterations(config, depth))
     seconds = row.of_depths(simulation.totals, depth.backprop)
     mean = seconds.sum(axis=1).mean() / ranks
-    deepest = slowest_rank(seconds, layout).mean()
-    slowest = slowest_rank(_on_unequal_gpus(config, seconds), layout).mean()
+    deepest = waiting_s(config, seconds).mean()
+    slowest = waiting_s(config, _on_unequal_gpus(config, seconds)).mean()
     micro_steps = rows // ranks // config.batch.micro_rows
     return StepTime(
         compute_s=compute_s,
@@ -173,7 +173,22 @@ def step_seconds(
     seconds = RowSeconds.of(config).of_depths(totals, config.depth.backprop)
     micro_steps = totals.shape[1] // config.cluster.ranks // config.batch.micro_rows
     fixed = optimizer_s(config, moved) + communication(config).of_step(micro_steps)
-    return slowest_rank(seconds, layout_of(config)) + fixed
+    return waiting_s(config, seconds) + fixed
+
+
+def waiting_s(config: TrainConfig, seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Seconds of steps until the last rank is through, [steps] of those of rows [steps, rows].
+
+    Under ZeRO-2 with engine.overlap_comm a rank that is ahead goes on while its reduction waits for
+    the others; overlap hides the same share of that wait as of the reduction.
+    """
+    layout = layout_of(config)
+    at_every_meeting = slowest_rank(seconds, layout)
+    if config.engine.zero_stage != 2 or not config.engine.overlap_comm:
+        return at_every_meeting
+    at_the_end = slowest_rank(seconds, replace(layout, zero_stage=1))
+    hidden = config.cluster.hardware.overlap_share
+    return hidden * at_the_end + (1 - hidden) * at_every_meeting
 
 
 def _on_unequal_gpus(config: TrainConfig, seconds: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 from pathlib import Path
 
 import pytest
@@ -128,7 +129,8 @@ def test_a_step_through_the_engine_peaks_where_it_is_predicted():
     """92,978,767,872 bytes: ZeRO-1 on one GPU, one row. Half a per cent is 0.46 GB."""
     # under ZeRO-2 at d9370de DeepSpeed's bucket was narrower
     rows = [row for row in measured("engine.csv") if (row["zero"], row["commit"]) != OTHER_BUCKET]
-    assert {(row["gpus"], row["zero"]) for row in rows} == {("1", "1"), ("2", "1"), ("2", "2")}
+    several = set(itertools.product("24", "123"))
+    assert {(row["gpus"], row["zero"]) for row in rows} == {("1", "1")} | several
     for row in rows:
         predicted = rank_memory(
             on_path(row),

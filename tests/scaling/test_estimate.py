@@ -14,7 +14,7 @@ from pretrain.scaling.compute import (
     optimizer_s,
     validation_s,
 )
-from pretrain.scaling.estimate import estimate, step_seconds, step_time
+from pretrain.scaling.estimate import estimate, step_seconds, step_time, waiting_s
 from pretrain.scaling.what_if import what_if
 
 # 512 rows a step
@@ -55,6 +55,28 @@ def test_one_rank_waits_for_nobody():
     step = estimate_of({"cluster.gpus_per_node": 1}).step
     assert step.depth_wait_s == step.straggler_s == step.communication_s == 0
     assert step.idle == pytest.approx(0)
+
+
+def test_overlap_lets_stage_2_wait_less_often():
+    """Four ranks with eight rows each: a share of what stage 2 waits for more than stage 1."""
+
+    def waited(stage, overlaps=True, **hardware):
+        config = config_of(
+            {"cluster.gpus_per_node": 4, "batch.global_tokens": 131_072, "engine.zero_stage": stage,
+             "engine.overlap_comm": overlaps},
+            {f"cluster.hardware.{name}": value for name, value in hardware.items()},
+        )  # fmt: skip
+        totals = simulated(config).totals
+        seconds = RowSeconds.of(config).of_depths(totals, config.depth.backprop)
+        return waiting_s(config, seconds)
+
+    once, often = waited(1), waited(2, overlaps=False)
+    assert (once < often).all()
+    assert waited(2, overlap_share=0.4) == pytest.approx(0.4 * once + 0.6 * often)
+    assert waited(2, overlap_share=0) == pytest.approx(often)
+    # stage 3 gathers weights in the forward pass, which nothing hides
+    assert waited(3) == pytest.approx(often)
+    assert waited(3, overlaps=False) == pytest.approx(often)
 
 
 def test_equal_gpus_in_lockstep_wait_only_for_bytes():
@@ -109,7 +131,7 @@ def test_wait_by_depth_is_the_simulated_wait_of_the_core():
             EIGHT_HOSTS,
             RECOMPUTED,
             {"cluster.utilization": 0.6, "cluster.hardware.forward_utilization": 0.6},
-            {"engine.zero_stage": stage},
+            {"engine.zero_stage": stage, "engine.overlap_comm": False},
         )
         simulation = simulated(config)
         wait = simulation.wait(Layout(ranks=64, micro_rows=1, zero_stage=stage)).slowest
