@@ -8,6 +8,8 @@ OTHER_STAMP := $(OTHER)/.installed
 # lm-evaluation-harness beside .venv, whose packages it sees in the same way
 HARNESS := .venv-harness
 HARNESS_STAMP := $(HARNESS)/.installed
+# processes of `make test`
+TEST_WORKERS ?= 2
 .DEFAULT_GOAL := help
 .PHONY: help train test test-all test-slurm test-harness harness faults check docs bench clean
 
@@ -55,8 +57,9 @@ train: $(STAMP)
 	$(BIN)/pretrain evaluate run.dir=out/runs/tiny
 	$(BIN)/pretrain generate run.dir=out/runs/tiny generate.prompt='def ' generate.max_new_tokens=100
 
+# Whole files to each process, because tests of a file share what they build.
 test: $(STAMP)
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not gpu' -n $(TEST_WORKERS) --dist loadfile
 
 test-all: $(STAMP) $(OTHER_STAMP) $(HARNESS_STAMP)
 	$(BIN)/python -m pytest
