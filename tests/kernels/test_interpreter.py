@@ -1,6 +1,7 @@
 """The Triton kernels' arithmetic, on the CPU."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +13,14 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("name", "marker", "passed"),
+    ("name", "marker", "least"),
     [
-        ("test_fused.py", "", 0),
+        ("test_fused.py", "", 75),
         ("test_linear_cross_entropy.py", "gpu", 13),
         ("test_optimizer_kernels.py", "gpu", 24),
     ],
 )
-def test_kernels_are_right_in_the_interpreter(name: str, marker: str, passed: int) -> None:
+def test_kernels_are_right_in_the_interpreter(name: str, marker: str, least: int) -> None:
     # a process of its own: Triton reads the variable when a kernel is defined
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", marker,
@@ -33,5 +34,7 @@ def test_kernels_are_right_in_the_interpreter(name: str, marker: str, passed: in
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    # of those that skip themselves here nothing is seen in the code
-    assert f"{passed} passed" in done.stdout
+    # tests that skip themselves leave the code at 0
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed
+    assert int(passed[1]) >= least, done.stdout[-2000:]
