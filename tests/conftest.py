@@ -43,9 +43,6 @@ def write_text(root: Path) -> None:
                 file.write(json.dumps({"text": text}) + "\n")
 
 
-Cli = Callable[..., subprocess.CompletedProcess[str]]
-
-
 def run_cli(
     cwd: Path, *arguments: str, timeout_s: float = 120, **environment: str
 ) -> subprocess.CompletedProcess[str]:
@@ -58,6 +55,16 @@ def run_cli(
         text=True,
         timeout=timeout_s,
         check=False,
+    )
+
+
+def weights_of(run_dir: Path, step: int) -> list[tuple[str, str]]:
+    """Hash of every file of weights and moments, as the manifest has them."""
+    manifest = json.loads((run_dir / f"checkpoints/step-{step:010d}/manifest.json").read_text())
+    return sorted(
+        (name, entry["sha256"])
+        for name, entry in manifest["files"].items()
+        if name.endswith(".safetensors")
     )
 
 

@@ -63,6 +63,14 @@ def test_a_table_has_a_row_for_every_cell_and_can_be_drawn(
     assert all(path.stat().st_size > 10_000 for path in paths)
 
 
+@pytest.mark.parametrize("name", ["arithmetic", "arithmetic-highest"])
+def test_the_tables_that_were_measured_can_be_drawn(
+    benchmark: ModuleType, name: str, tmp_path: Path
+) -> None:
+    paths = benchmark.plot(BENCHMARKS / f"results/{name}.csv", tmp_path)
+    assert [path.name for path in paths] == [f"{name}-depth.png", f"{name}-map.png"]
+
+
 def test_the_lengths_that_are_drawn_reach_from_end_to_end(benchmark: ModuleType) -> None:
     spread = sys.modules["arithmetic_plots"]._spread
     drawn = spread(list(range(1, 21)), 9)

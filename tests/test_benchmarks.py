@@ -443,3 +443,10 @@ def test_the_page_of_kernels_says_what_was_measured():
         seen.add((op, shape))
     wanted = {(row["op"], row["shape"]) for row in kept if row["provider"] == "ours"}
     assert seen == wanted
+
+
+def test_the_readme_says_the_speeds_that_its_picture_shows(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    text = (BENCHMARKS.parents[1] / "README.md").read_text()
+    for name, speed in importlib.import_module("overview").speeds().items():
+        assert f"{round(speed, -1):,.0f}" in text, name

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from conftest import SMALL, run_cli
+from conftest import SMALL, run_cli, weights_of
 
 pytestmark = pytest.mark.faults
 
@@ -155,15 +155,6 @@ def kill_when(workspace: Path, run_dir: Path, name: str, lines: int) -> None:
 
 def losses_of(run_dir: Path) -> dict[int, float]:
     return {r["step"]: r["loss/nats"] for r in read_records(run_dir) if "loss/nats" in r}
-
-
-def weights_of(run_dir: Path, step: int) -> list[tuple[str, str]]:
-    manifest = json.loads((run_dir / f"checkpoints/step-{step:010d}/manifest.json").read_text())
-    return sorted(
-        (name, entry["sha256"])
-        for name, entry in manifest["files"].items()
-        if name.endswith(".safetensors")
-    )
 
 
 def test_a_run_that_keeps_going_back_stops(workspace: Path) -> None:

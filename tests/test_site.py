@@ -43,6 +43,14 @@ def test_links_are_pointed_to_where_the_site_has_their_targets() -> None:
     assert moved == "[a](../commands.md#submit) [b](#watch) [c](https://example.org)"
 
 
+def test_every_image_is_shown_by_a_page() -> None:
+    pages = [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]
+    pages += [ROOT / name for name in hooks.PAGES_ELSEWHERE]
+    text = "".join(page.read_text() for page in pages)
+    shown = set(re.findall(r"images/([\w.-]+\.png)", text))
+    assert shown == {path.name for path in (ROOT / "docs/images").iterdir()}
+
+
 @pytest.mark.parametrize(
     ("text", "is_fine"),
     [

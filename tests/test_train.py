@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SMALL, run_cli
+from conftest import SMALL, run_cli, weights_of
 from pretrain.loop.lineage import read_lives
 
 STEADY = ["loss/nats", "gradient/norm", "optimizer/learning_rate", "data/checksum", "depth/mean"]
@@ -27,16 +27,6 @@ def read_validations(run_dir: Path) -> dict[int, list[float]]:
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     return {r["step"]: r["validation/loss_nats"] for r in records if "validation/loss_nats" in r}
-
-
-def weights_of(run_dir: Path, step: int) -> list[tuple[str, str]]:
-    """Hash of every file of weights and moments, as the manifest has them."""
-    manifest = json.loads((run_dir / f"checkpoints/step-{step:010d}/manifest.json").read_text())
-    return sorted(
-        (name, entry["sha256"])
-        for name, entry in manifest["files"].items()
-        if name.endswith(".safetensors")
-    )
 
 
 def train(workspace: Path, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:

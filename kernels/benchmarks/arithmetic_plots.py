@@ -44,8 +44,10 @@ def plot(table: Path, into: Path) -> list[Path]:
         name = f"{row['run']}, seed {row['seed']}"
         runs[name][int(row["length"])][int(row["depth"])] = cell
     trained, items = int(rows[0]["trained_digits"]), max(int(row["n"]) for row in rows)
+    # tables without the column are of sums that begin with their lowest digit
+    order = rows[0].get("order", "lowest")
     about = (
-        f"{rows[0]['order']} digit first, trained on operands of up to {trained} digits; "
+        f"{order} digit first, trained on operands of up to {trained} digits; "
         f"{items} sums of each length"
     )
     into.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,8 @@ before; one row per measurement goes to results/reliability.csv. On one GPU:
 
     python kernels/benchmarks/reliability.py draws deterministic save data=files data.root=x ...
 
-and on several, with ZeRO 1, 2 and 3 against one GPU: `zero`. Overrides are given to every run.
+and on several: `zero`, ZeRO 1, 2 and 3 against one GPU; `elastic`, a run that is killed and goes on
+under other stages on fewer of them. Overrides are given to every run.
 """
 
 import csv

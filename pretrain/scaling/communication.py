@@ -31,8 +31,6 @@ class Communication:
     """Once a step, less what is hidden under the last backward pass."""
     per_micro_step_s: float
     """In every micro-step, less what is hidden under its backward pass."""
-    hidden_s: float
-    """Under a backward pass: of every micro-step, under stage 1 of the last."""
 
     def of_step(self, micro_steps: int) -> float:
         """Of a whole step."""
@@ -50,9 +48,7 @@ def communication(config: TrainConfig) -> Communication:
         reduced = collectives.all_reduce(gradients, pieces=buckets)
         updated = collectives.gather(weights, pieces=buckets)
         hidden = _hidden_s(config, reduced)
-        return Communication(
-            per_step_s=reduced - hidden + updated, per_micro_step_s=0.0, hidden_s=hidden
-        )
+        return Communication(per_step_s=reduced - hidden + updated, per_micro_step_s=0.0)
     if engine.zero_stage == 2:
         per_step = collectives.gather(weights, pieces=buckets)
         reduced, gathered = collectives.all_reduce(gradients, pieces=buckets), 0.0
@@ -62,9 +58,7 @@ def communication(config: TrainConfig) -> Communication:
         reduced = collectives.gather(gradients, pieces=buckets)
         gathered = 2 * collectives.gather(weights, pieces=calls)
     hidden = _hidden_s(config, reduced)
-    return Communication(
-        per_step_s=per_step, per_micro_step_s=reduced - hidden + gathered, hidden_s=hidden
-    )
+    return Communication(per_step_s=per_step, per_micro_step_s=reduced - hidden + gathered)
 
 
 def _hidden_s(config: TrainConfig, reduced_s: float) -> float:

@@ -45,7 +45,7 @@ class HardwareConfig:
     collective_call_s: float
     """Fixed cost of calling a collective."""
     overlap_share: float
-    """Share of a reduction beside a backward pass that costs nothing; the rest slows the pass."""
+    """Share of a reduction, and of a wait for it under ZeRO-2, that a backward pass hides."""
     gpu_spread: float
     """Standard deviation of the logarithm of a GPU's slowness: 0.01 is one per cent."""
     host_copy_bytes_per_s: float

@@ -30,10 +30,6 @@ class Steps:
     seconds: NDArray[np.float64]
     """Measured, [steps]."""
 
-    def every(self, stride: int, start: int) -> "Steps":
-        """Each step whose place is start, start + stride, ..."""
-        return Steps(self.totals[start::stride], self.seconds[start::stride])
-
 
 @dataclass(frozen=True, slots=True)
 class Comparison:

@@ -7,24 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from model_forms import HUGINN
 from pretrain.engine.config import EngineConfig, Precision
 from pretrain.engine.memory import GIB, checkpoint_bytes, rank_memory
 from pretrain.model.activations import peak_activation_bytes
-from pretrain.model.config import ComputePath, ModelConfig, ProductPrecision
+from pretrain.model.config import ComputePath, ProductPrecision
 from pretrain.model.cost import count_parameters
 
 RESULTS = Path(__file__).parents[2] / "kernels/benchmarks/results"
-HUGINN = ModelConfig(
-    name="huginn-3.5b",
-    width=5280,
-    heads=55,
-    inner=17920,
-    prelude_layers=2,
-    core_layers=4,
-    coda_layers=2,
-    vocabulary_size=65536,
-    context=4096,
-)
 PARAMETERS = 3_564_976_800
 OTHER_BUCKET = ("2", "d9370de")
 BF16 = EngineConfig(zero_stage=1, precision=Precision.bf16)

@@ -1,11 +1,9 @@
 """The linear layer's cross-entropy: chunks against the whole, kernels against float64.
 
-Tests marked gpu run on CUDA, or on the CPU in Triton's interpreter (test_in_the_interpreter).
+Tests marked gpu run on CUDA, or on the CPU in Triton's interpreter: test_interpreter.py starts
+that process.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -308,40 +306,26 @@ class TestOnGpu:
 
 
 @pytest.mark.skipif(not has_triton(), reason="triton is not installed")
-class TestWithoutGpu:
-    @pytest.mark.timeout(900)
-    def test_in_the_interpreter(self) -> None:
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", __file__],
-            env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-            cwd=Path(__file__).parents[2],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "13 passed" in done.stdout
+@pytest.mark.skipif(is_interpreted(), reason="compiles")
+def test_compiled_for_hopper(tmp_path: Path, monkeypatch) -> None:
+    from pretrain_kernels.linear_cross_entropy import triton as fused
 
-    @pytest.mark.skipif(is_interpreted(), reason="compiles")
-    def test_compiled_for_hopper(self, tmp_path: Path, monkeypatch) -> None:
-        from pretrain_kernels.linear_cross_entropy import triton as fused
-
-        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-        launches = load_module(Path(__file__).with_name("launches.py"))
-        with torch.device("meta"):
-            logits_NV = torch.empty(4096, 65_536, dtype=torch.bfloat16)
-            labels_N, upstream_N = torch.empty(4096, dtype=torch.int64), torch.empty(4096)
-        with launches.recorded(fused) as recorded:
-            _, lse_N = fused.nats_and_lse(logits_NV, labels_N, z_loss=0.0)
-            fused.logits_to_gradient_(logits_NV, labels_N, lse_N, upstream_N, z_loss=0.0)
-        nats, gradient = (launches.compiled(launch) for launch in recorded)
-        for machine in (nats, gradient):
-            assert machine.spilled_accesses == 0
-            # six programs of 128 threads share the 65,536 registers of a multiprocessor
-            assert machine.registers <= 80
-            # 4096 logits of 2 bytes over 128 threads: four accesses of 16 bytes each
-            assert machine.vector_loads == 4
-        assert nats.vector_stores == 0
-        # nats and log-sum-exp of the row
-        assert nats.stores == 2
-        assert gradient.vector_stores == gradient.stores == 4
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    launches = load_module(Path(__file__).with_name("launches.py"))
+    with torch.device("meta"):
+        logits_NV = torch.empty(4096, 65_536, dtype=torch.bfloat16)
+        labels_N, upstream_N = torch.empty(4096, dtype=torch.int64), torch.empty(4096)
+    with launches.recorded(fused) as recorded:
+        _, lse_N = fused.nats_and_lse(logits_NV, labels_N, z_loss=0.0)
+        fused.logits_to_gradient_(logits_NV, labels_N, lse_N, upstream_N, z_loss=0.0)
+    nats, gradient = (launches.compiled(launch) for launch in recorded)
+    for machine in (nats, gradient):
+        assert machine.spilled_accesses == 0
+        # six programs of 128 threads share the 65,536 registers of a multiprocessor
+        assert machine.registers <= 80
+        # 4096 logits of 2 bytes over 128 threads: four accesses of 16 bytes each
+        assert machine.vector_loads == 4
+    assert nats.vector_stores == 0
+    # nats and log-sum-exp of the row
+    assert nats.stores == 2
+    assert gradient.vector_stores == gradient.stores == 4

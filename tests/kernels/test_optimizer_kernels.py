@@ -1,11 +1,9 @@
 """Optimizers on flat partitions: spans cover every element once, kernels against float64.
 
-Tests marked gpu run on CUDA, or on the CPU in Triton's interpreter (test_in_the_interpreter).
+Tests marked gpu run on CUDA, or on the CPU in Triton's interpreter: test_interpreter.py starts
+that process.
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -405,73 +403,59 @@ class TestOnGpu:
 
 
 @pytest.mark.skipif(not has_triton(), reason="triton is not installed")
-class TestWithoutGpu:
-    @pytest.mark.timeout(900)
-    def test_in_the_interpreter(self) -> None:
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", __file__],
-            env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-            cwd=Path(__file__).parents[2],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "24 passed" in done.stdout
+@pytest.mark.skipif(is_interpreted(), reason="compiles")
+@pytest.mark.parametrize(
+    ("name", "loads", "stores", "registers"),
+    [
+        ("start", 1, 2, 64), ("moments", 3, 2, 64), ("weights", 3, 1, 40), ("adamw", 4, 3, 80),
+        ("adamw rounded", 4, 3.5, 96), ("rounded", 3, 1.5, 64), ("first", 1, 2, 40),
+        ("added", 3, 2, 64), ("squares", 16, 0, 64),
+    ],
+)  # fmt: skip
+def test_compiled_for_hopper(
+    name: str, loads: int, stores: float, registers: int, tmp_path: Path, monkeypatch
+) -> None:
+    from pretrain_kernels import spans_triton
+    from pretrain_kernels.adamw import triton as adamw
+    from pretrain_kernels.add_gradient import triton as adding
+    from pretrain_kernels.ellis_adam import triton as ellis
+    from pretrain_kernels.square_sums import triton as squares
 
-    @pytest.mark.skipif(is_interpreted(), reason="compiles")
-    @pytest.mark.parametrize(
-        ("name", "loads", "stores", "registers"),
-        [
-            ("start", 1, 2, 64), ("moments", 3, 2, 64), ("weights", 3, 1, 40), ("adamw", 4, 3, 80),
-            ("adamw rounded", 4, 3.5, 96), ("rounded", 3, 1.5, 64), ("first", 1, 2, 40),
-            ("added", 3, 2, 64), ("squares", 16, 0, 64),
-        ],
-    )  # fmt: skip
-    def test_compiled_for_hopper(
-        self, name: str, loads: int, stores: float, registers: int, tmp_path: Path, monkeypatch
-    ) -> None:
-        from pretrain_kernels import spans_triton
-        from pretrain_kernels.adamw import triton as adamw
-        from pretrain_kernels.add_gradient import triton as adding
-        from pretrain_kernels.ellis_adam import triton as ellis
-        from pretrain_kernels.square_sums import triton as squares
-
-        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-        launches = load_module(Path(__file__).with_name("launches.py"))
-        weight, gradient, mean, square = (torch.empty(LENGTH, device="meta") for _ in range(4))
-        half = torch.empty(LENGTH, dtype=torch.bfloat16, device="meta")
-        etas, spans = torch.empty(NUM_TENSORS, device="meta"), spans_on("meta")
-        tensors = (gradient, mean, square, spans)
-        calls = {
-            "start": lambda: ellis.update_moments(*tensors, is_start=True, **MOMENTS),
-            "moments": lambda: ellis.update_moments(*tensors, is_start=False, **MOMENTS),
-            "weights": lambda: ellis.update_weights(weight, mean, square, etas, spans, **WEIGHTS),
-            "rounded": lambda: ellis.update_weights(
-                weight, mean, square, etas, spans, rounded=half, **WEIGHTS
-            ),
-            "adamw": lambda: adamw.adamw_(weight, *tensors, **ADAMW),
-            "adamw rounded": lambda: adamw.adamw_(weight, *tensors, rounded=half, **ADAMW),
-            "first": lambda: adding.add_gradient(weight, half, is_first=True),
-            "added": lambda: adding.add_gradient(weight, half, is_first=False),
-            "squares": lambda: squares.square_sums(gradient, spans),
-        }
-        with (
-            launches.recorded(ellis) as of_ellis,
-            launches.recorded(adamw) as of_adamw,
-            launches.recorded(adding) as of_adding,
-            launches.recorded(squares) as of_squares,
-            launches.recorded(spans_triton) as of_sums,
-        ):
-            calls[name]()
-        (launch,) = of_ellis + of_adamw + of_adding + of_squares
-        machine = launches.compiled(launch)
-        assert machine.spilled_accesses == 0
-        assert machine.registers <= registers
-        # 1024 numbers of 4 bytes over 128 threads: two accesses of 16 bytes of each array, one of a
-        # bf16 one; adding takes 2048 numbers; sums of squares have their loop of 16 rolled out
-        assert machine.vector_loads == 2 * loads
-        assert machine.vector_stores == 2 * stores
-        sums = {"start", "moments", "adamw", "adamw rounded", "squares"}
-        assert len(of_sums) == (name in sums)
-        assert all(launches.compiled(each).spilled_accesses == 0 for each in of_sums)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    launches = load_module(Path(__file__).with_name("launches.py"))
+    weight, gradient, mean, square = (torch.empty(LENGTH, device="meta") for _ in range(4))
+    half = torch.empty(LENGTH, dtype=torch.bfloat16, device="meta")
+    etas, spans = torch.empty(NUM_TENSORS, device="meta"), spans_on("meta")
+    tensors = (gradient, mean, square, spans)
+    calls = {
+        "start": lambda: ellis.update_moments(*tensors, is_start=True, **MOMENTS),
+        "moments": lambda: ellis.update_moments(*tensors, is_start=False, **MOMENTS),
+        "weights": lambda: ellis.update_weights(weight, mean, square, etas, spans, **WEIGHTS),
+        "rounded": lambda: ellis.update_weights(
+            weight, mean, square, etas, spans, rounded=half, **WEIGHTS
+        ),
+        "adamw": lambda: adamw.adamw_(weight, *tensors, **ADAMW),
+        "adamw rounded": lambda: adamw.adamw_(weight, *tensors, rounded=half, **ADAMW),
+        "first": lambda: adding.add_gradient(weight, half, is_first=True),
+        "added": lambda: adding.add_gradient(weight, half, is_first=False),
+        "squares": lambda: squares.square_sums(gradient, spans),
+    }
+    with (
+        launches.recorded(ellis) as of_ellis,
+        launches.recorded(adamw) as of_adamw,
+        launches.recorded(adding) as of_adding,
+        launches.recorded(squares) as of_squares,
+        launches.recorded(spans_triton) as of_sums,
+    ):
+        calls[name]()
+    (launch,) = of_ellis + of_adamw + of_adding + of_squares
+    machine = launches.compiled(launch)
+    assert machine.spilled_accesses == 0
+    assert machine.registers <= registers
+    # 1024 numbers of 4 bytes over 128 threads: two accesses of 16 bytes of each array, one of a
+    # bf16 one; adding takes 2048 numbers; sums of squares have their loop of 16 rolled out
+    assert machine.vector_loads == 2 * loads
+    assert machine.vector_stores == 2 * stores
+    sums = {"start", "moments", "adamw", "adamw rounded", "squares"}
+    assert len(of_sums) == (name in sums)
+    assert all(launches.compiled(each).spilled_accesses == 0 for each in of_sums)

@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from model_forms import HUGINN, SMALL, forms
 from pretrain.model.activations import (
     float8_bytes,
     head_bytes,
@@ -16,43 +17,12 @@ from pretrain.model.activations import (
     row_activation_bytes,
 )
 from pretrain.model.block import make_block
-from pretrain.model.config import Block, ComputePath, Injection, ModelConfig, ProductPrecision
+from pretrain.model.config import ComputePath, ProductPrecision
 from pretrain.model.depth import Depth
 from pretrain.model.fixed import fixed_weights
 from pretrain.model.init import initialize
 from pretrain.model.layout import Layout, Mask
 from pretrain.model.recurrent import RecurrentModel
-
-HUGINN = ModelConfig(
-    name="huginn-3.5b",
-    width=5280,
-    heads=55,
-    inner=17920,
-    prelude_layers=2,
-    core_layers=4,
-    coda_layers=2,
-    vocabulary_size=65536,
-    context=4096,
-)
-SMALL = ModelConfig(
-    name="small",
-    width=64,
-    heads=4,
-    inner=96,
-    prelude_layers=1,
-    core_layers=2,
-    coda_layers=1,
-    vocabulary_size=128,
-    context=32,
-)
-FORMS = {
-    "published": SMALL,
-    "failed run 1": dataclasses.replace(
-        SMALL, norm_gain=False, injection=Injection.add, embedding_scale=False, qk_bias=False
-    ),
-    "failed run 2": dataclasses.replace(SMALL, block=Block.pre_norm),
-}
-forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 
 def kept_bytes(run, excluded):

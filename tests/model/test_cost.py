@@ -1,7 +1,5 @@
 """Counts against the published numbers and torch's own counter."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from pretrain.model.config import Block, DepthConfig, Injection, Law, ModelConfig
+from model_forms import HUGINN, SMALL, forms
+from pretrain.model.config import Block, DepthConfig, Law
 from pretrain.model.cost import (
     TokenFlops,
     count_parameters,
@@ -21,36 +20,6 @@ from pretrain.model.depth import Depth, DepthLaw, settled
 from pretrain.model.init import initialize
 from pretrain.model.recurrent import RecurrentModel
 
-HUGINN = ModelConfig(
-    name="huginn-3.5b",
-    width=5280,
-    heads=55,
-    inner=17920,
-    prelude_layers=2,
-    core_layers=4,
-    coda_layers=2,
-    vocabulary_size=65536,
-    context=4096,
-)
-SMALL = ModelConfig(
-    name="small",
-    width=64,
-    heads=4,
-    inner=96,
-    prelude_layers=1,
-    core_layers=2,
-    coda_layers=1,
-    vocabulary_size=128,
-    context=32,
-)
-FORMS = {
-    "published": SMALL,
-    "failed run 1": dataclasses.replace(
-        SMALL, norm_gain=False, injection=Injection.add, embedding_scale=False, qk_bias=False
-    ),
-    "failed run 2": dataclasses.replace(SMALL, block=Block.pre_norm),
-}
-forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 LAW = DepthConfig(law=Law.poisson_lognormal, mean=32, backprop=8)
 
 
