@@ -149,10 +149,10 @@ class Saver:
     def has_saved(self, step: int) -> Path | None:
         """The whole checkpoint of a step, if there is one already."""
         final = commit.step_folder(self._run_dir, step)
-        if self._last is not None and self._last.path == final:
-            return final
+        # what was committed last need not be hashed again, but a rewind may have deleted it
+        is_known = self._last is not None and self._last.path == final
         is_there = self._world.broadcast_object(
-            self._world.is_main and final.is_dir() and not commit.find_damage(final)
+            self._world.is_main and final.is_dir() and (is_known or not commit.find_damage(final))
         )
         return final if is_there else None
 
