@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lives import Life
 
 from conftest import SMALL, run_cli
 
@@ -197,3 +198,16 @@ def test_another_batch_size_goes_on_from_the_consumed_rows(workspace: Path) -> N
     whole = [r for r in read_records(run_dir.with_name("batches-whole")) if "loss/nats" in r]
     for index, pair in ((4, (4, 5)), (5, (6, 7))):
         assert steps[index]["data/checksum"] == sum(whole[i]["data/checksum"] for i in pair)
+def test_damaged_rewinds_are_refused_by_every_rank_before_anything_changes(
+    workspace: Path,
+) -> None:
+    run_dir = workspace / "out/runs/torn"
+    run_dir.mkdir(parents=True)
+    (run_dir / "rewinds.jsonl").write_bytes(bytes(range(256)))
+    with Life(workspace, "torn", ranks=2) as life:
+        assert life.wait() == [65, 65], life.said()
+    assert "rewinds.jsonl is damaged" in life.said(0)
+    assert "Traceback" not in life.said()
+    assert not (run_dir / "config.yaml").exists()
+
+
