@@ -209,7 +209,7 @@ def _train(
     saves = Saves(session, record)
     if must_rewind(session.state, guards.spike):
         # the life before was told to stop when it was about to
-        rewind(session, record)
+        rewind(session, record, saves)
     for step in training_steps(session):
         # first: whoever has lost the folder writes nothing more
         if session.world.is_main:
@@ -220,7 +220,7 @@ def _train(
         is_last = step.step == last_step(config, session.state)
         is_leaving = is_last or step.should_stop
         if must_rewind(session.state, guards.spike) and not is_leaving:
-            rewind(session, record)
+            rewind(session, record, saves)
             continue
         if is_last or (not is_leaving and step.step % config.validation.every_steps == 0):
             session.watch.enter(step.step, "validation")

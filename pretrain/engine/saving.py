@@ -81,6 +81,11 @@ class Saver:
         return self._flight is not None
 
     @property
+    def step_in_flight(self) -> int | None:
+        """The step whose save has begun and is not committed yet; None: there is none."""
+        return None if self._flight is None else commit.step_of(self._flight.final)
+
+    @property
     def is_writing(self) -> bool:
         """Whether this rank still writes; when no rank does, `finish` does not wait."""
         return self._flight is not None and self._flight.write.is_running
@@ -221,10 +226,12 @@ def write_first_checkpoint(
     return final
 
 
-def prune_checkpoints(run_dir: Path, config: CheckpointConfig, *, saved: Path) -> list[Path]:
+def prune_checkpoints(
+    run_dir: Path, config: CheckpointConfig, *, saved: Path, first_bad: int | None = None
+) -> list[Path]:
     """Delete the checkpoints that are no longer wanted after `saved`; which ones.
 
-    For one process: the one that owns the run folder.
+    The last one before step `first_bad` stays. For one process: the one that owns the run folder.
     """
     step = commit.step_of(saved)
     assert step is not None, saved
@@ -234,6 +241,7 @@ def prune_checkpoints(run_dir: Path, config: CheckpointConfig, *, saved: Path) -
         keep_last=config.keep_last,
         keep_every=config.keep_every_steps,
         tagged=commit.read_tags(run_dir).values(),
+        first_bad=first_bad,
     )
     for folder in doomed:
         commit.delete(folder)
