@@ -174,7 +174,7 @@ def write_slowly() -> None:
     write_pieces = fragments.write_pieces
 
     def late(*args: Any) -> Any:
-        time.sleep(1.0)
+        time.sleep(0.5)
         return write_pieces(*args)
 
     fragments.write_pieces = late
