@@ -29,13 +29,13 @@ def rewind(session: Session, record: Record, saves: Saves) -> None:
     config, world, state = session.config, session.world, session.state
     run_dir, first_bad = Path(config.run.dir), first_bad_step(state)
     limit = config.guards.spike.max_rewinds
+    saves.settle()
     if len(session.rewinds) >= limit:
         raise DivergenceError(
             f"Steps {first_bad} to {state.step} are loss spikes, and the run has gone back "
             f"{limit} times already (guards.spike.max_rewinds). Lower optimizer.learning_rate, or "
             "look at the rows with `pretrain replay`, and resume."
         )
-    saves.settle()
     target = newest_checkpoint(run_dir, world, up_to=first_bad - 1)
     if target is None:
         log.error(
