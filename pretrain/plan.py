@@ -265,7 +265,8 @@ def _wait_table(plan: Plan) -> Table:
     steps = plan.alternatives[0].steps
     table = _table(
         f"Wait: work of the slowest rank over the mean, core only; {steps} steps simulated. "
-        f"Under ZeRO 2, 3 ranks meet at every micro-step (micro_rows {config.batch.micro_rows}).",
+        f"Under ZeRO 2, 3 ranks meet at every micro-step (micro_rows {config.batch.micro_rows}); "
+        "what overlap hides of that is not taken off.",
         "one depth per",
         "sampling",
         "ZeRO 1",

@@ -48,7 +48,7 @@ from pretrain.loop.host_memory import HostMemory
 from pretrain.loop.lineage import FINISHED, STALLED, STOPPED, Lineage
 from pretrain.loop.lock import RunLock
 from pretrain.loop.origin import origin
-from pretrain.loop.passed_over import read_rewinds
+from pretrain.loop.passed_over import Rewind, read_rewinds
 from pretrain.loop.record import Record
 from pretrain.loop.rewind import rewind
 from pretrain.loop.run_folder import (
@@ -101,6 +101,8 @@ class _Inputs(NamedTuple):
     """The checkpoint to resume from."""
     state: TrainState
     """How far it was."""
+    rewinds: list[Rewind]
+    """Rows that the run goes past."""
     digit_ids: tuple[int, ...]
     """Tokens that are digits; empty where these have no places."""
 
@@ -207,7 +209,7 @@ def _train(
     saves = Saves(session, record)
     if must_rewind(session.state, guards.spike):
         # the life before was told to stop when it was about to
-        rewind(session, record)
+        rewind(session, record, saves)
     for step in training_steps(session):
         # first: whoever has lost the folder writes nothing more
         if session.world.is_main:
@@ -218,7 +220,7 @@ def _train(
         is_last = step.step == last_step(config, session.state)
         is_leaving = is_last or step.should_stop
         if must_rewind(session.state, guards.spike) and not is_leaving:
-            rewind(session, record)
+            rewind(session, record, saves)
             continue
         if is_last or (not is_leaving and step.step % config.validation.every_steps == 0):
             session.watch.enter(step.step, "validation")
@@ -277,6 +279,9 @@ def _check_inputs(config: TrainConfig, world: World) -> _Inputs:
     identity, held_out, order, sampler = on_all_ranks(world, lambda: _check_data(config, world))
     digits = on_all_ranks(world, lambda: find_digits(config))
     run_dir = Path(config.run.dir)
+    rewinds = world.broadcast_object(
+        on_all_ranks(world, lambda: read_rewinds(run_dir) if world.is_main else [])
+    )
     newest = newest_checkpoint(run_dir, world)
     state = TrainState()
     if newest is None:
@@ -287,7 +292,7 @@ def _check_inputs(config: TrainConfig, world: World) -> _Inputs:
         check_same_data(saved, identity["data_fingerprint"], config.data.shards)
         state = TrainState.from_dict(saved["train"])
         identity |= {key: saved[key] for key in ("adopted_from",) if key in saved}
-    return _Inputs(identity, held_out, order, sampler, newest, state, digits)
+    return _Inputs(identity, held_out, order, sampler, newest, state, rewinds, digits)
 
 
 def _check_space(config: TrainConfig, run_dir: Path) -> None:
@@ -390,7 +395,7 @@ def _open_session(
         sensors=sensors,
         memory=HostMemory(world.rank, limit_bytes=config.guards.host_growth_bytes),
         identity=inputs.identity,
-        rewinds=world.broadcast_object(read_rewinds(run_dir) if world.is_main else None),
+        rewinds=inputs.rewinds,
     )
 
 

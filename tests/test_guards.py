@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lives import Life
 
 from conftest import SMALL, run_cli, weights_of
+from pretrain.engine import fragments
+from pretrain.testing import start_commands
 
 pytestmark = pytest.mark.faults
 
@@ -157,6 +160,69 @@ def losses_of(run_dir: Path) -> dict[int, float]:
     return {r["step"]: r["loss/nats"] for r in read_records(run_dir) if "loss/nats" in r}
 
 
+def write_slowly() -> None:
+    """In the process of a run, before it starts: no file of a checkpoint is there at once."""
+    write_pieces = fragments.write_pieces
+
+    def late(*args: Any) -> Any:
+        time.sleep(0.5)
+        return write_pieces(*args)
+
+    fragments.write_pieces = late
+
+
+def test_where_a_run_goes_back_to_does_not_depend_on_the_disk(
+    workspace: Path, nervous: Path
+) -> None:
+    words = ["train", *SMALL, *NERVOUS, "run.name=slow-disk"]
+    output = workspace / "said/slow-disk"
+    (process,) = start_commands(1, words, cwd=workspace, output=output, before=write_slowly)
+    process.join(200)
+    process.kill()
+    assert process.exitcode == 0, (output / "0.txt").read_text()
+    assert windows_of(nervous.with_name("slow-disk")) == windows_of(nervous)
+
+
+EVERY_STEP = {
+    "due": ["checkpoint.every_steps=1"],
+    "tagged": [f"+checkpoint.tags.of_{step}={step}" for step in range(1, 25)],
+}
+
+
+@pytest.mark.parametrize("why", EVERY_STEP)
+def test_a_step_that_is_taken_again_is_saved_again(workspace: Path, why: str) -> None:
+    """Going back deletes what was saved among the spikes, here the first of two."""
+    done = run_cli(
+        workspace, "train", *SMALL, *NERVOUS, "checkpoint.every_steps=100", *EVERY_STEP[why],
+        f"run.name=again-{why}", "checkpoint.keep_last=24", "checkpoint.asynchronous=false",
+        "guards.spike.max_rewinds=99",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    run_dir = workspace / f"out/runs/again-{why}"
+    assert windows_of(run_dir)
+    assert "it was saved during the spike" in done.stderr
+    saved = sorted(path.name for path in (run_dir / "checkpoints").glob("step-*"))
+    assert saved == [f"step-{step:010d}" for step in range(1, 25)]
+
+
+def test_saves_among_spikes_leave_the_checkpoint_to_go_back_to(workspace: Path) -> None:
+    """Each save would otherwise delete the one before it, the first bad one the last good one."""
+    done = run_cli(
+        workspace, "train", *SMALL, *NERVOUS, "run.name=few", "checkpoint.keep_last=1",
+        "checkpoint.every_steps=1", "checkpoint.asynchronous=false", "guards.spike.max_rewinds=99",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "there is no checkpoint from before" not in done.stderr
+    run_dir = workspace / "out/runs/few"
+    assert windows_of(run_dir)
+    for window in windows_of(run_dir):
+        assert window["from_step"] - window["to_step"] == 2
+    # a second one if the last step is bad
+    left = [path.name for path in (run_dir / "checkpoints").glob("step-*")]
+    assert "step-0000000024" in left
+    assert len(left) <= 2
+
+
 def test_a_run_that_keeps_going_back_stops(workspace: Path) -> None:
     done = run_cli(
         workspace, "train", *SMALL, *NERVOUS, "run.name=lost", "guards.spike.max_rewinds=1",
@@ -165,6 +231,19 @@ def test_a_run_that_keeps_going_back_stops(workspace: Path) -> None:
     assert done.returncode == 70, done.stderr
     assert "has gone back 1 times already (guards.spike.max_rewinds)" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_damaged_rewinds_are_refused_by_every_rank_before_anything_changes(
+    workspace: Path,
+) -> None:
+    run_dir = workspace / "out/runs/torn"
+    run_dir.mkdir(parents=True)
+    (run_dir / "rewinds.jsonl").write_bytes(bytes(range(256)))
+    with Life(workspace, "torn", ranks=2) as life:
+        assert life.wait() == [65, 65], life.said()
+    assert "rewinds.jsonl is damaged" in life.said(0)
+    assert "Traceback" not in life.said()
+    assert not (run_dir / "config.yaml").exists()
 
 
 def test_another_batch_size_goes_on_from_the_consumed_rows(workspace: Path) -> None:

@@ -145,7 +145,12 @@ def _read_own(engine: Engine, folder: Path, manifest: dict[str, Any]) -> None:
     sections = [section for section in manifest["sections"] if section != MASTER]
     with PieceReader(folder, _stored(manifest)) as reader, torch.no_grad():
         for partition in engine.layout.partitions:
-            moments = {section: torch.zeros_like(partition.flat) for section in sections}
+            # into the memory that is there: DeepSpeed has views of it, so it would never be freed
+            known = engine.moments(partition.flat)
+            moments = {
+                section: known[section] if section in known else torch.zeros_like(partition.flat)
+                for section in sections
+            }
             for fragment in partition.fragments:
                 name = partition.tensors[fragment.tensor].name
                 for section, flat in {MASTER: partition.flat, **moments}.items():

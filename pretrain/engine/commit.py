@@ -150,18 +150,22 @@ def prunable(
     keep_last: int,
     keep_every: int,
     tagged: Collection[int] = (),
+    first_bad: int | None = None,
 ) -> list[Path]:
     """Which checkpoints are no longer wanted after step `saved` was saved.
 
     Never the one just saved, nor later ones: those were found damaged, or it would not have
-    been saved after them, so they do not count among the last. Nor steps that a tag names.
+    been saved after them, so they do not count among the last. Nor steps that a tag names, nor
+    the last one before `first_bad`, where a run may have to go back to.
     """
     older = [f for f in folders if (step_of(f) or 0) <= saved]
     older.sort(key=lambda f: step_of(f) or 0, reverse=True)
+    good = [step_of(f) for f in older if first_bad is not None and (step_of(f) or 0) < first_bad]
+    wanted = {*tagged, *good[:1]}
     return [
         f
         for f in older[keep_last:]
-        if not (keep_every and (step_of(f) or 0) % keep_every == 0) and step_of(f) not in tagged
+        if not (keep_every and (step_of(f) or 0) % keep_every == 0) and step_of(f) not in wanted
     ]
 
 

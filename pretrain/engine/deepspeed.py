@@ -110,7 +110,7 @@ class Engine:
     def step(
         self, learning_rate: float, *, drops_update: bool = False, measures_parts: bool = False
     ) -> StepResult:
-        """Reduce, clip and apply the gradient, or drop it everywhere if it is not finite.
+        """Clip and apply the gradient, or drop it everywhere if it is not finite.
 
         `drops_update`, equal on all ranks, drops it in any case. `measures_parts`, equal too, adds
         nothing where the update is ours, else one pass over this rank's share of the gradient

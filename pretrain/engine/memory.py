@@ -2,7 +2,8 @@
 
 Weights, gradients, masters and moments are exact. Buckets are the buffers that DeepSpeed 0.19 and
 pretrain/engine/reduction.py allocate, activations what pretrain/model/activations.py counts; both
-are estimates. Contexts and workspaces of libraries, and fragmentation, are not in the sum.
+are estimates. Contexts and workspaces of libraries, and fragmentation, are not in the sum; nor,
+under ZeRO-2 with engine.overlap_comm, gradients that a rank keeps while it is ahead of the others.
 """
 
 from collections.abc import Mapping

@@ -81,6 +81,11 @@ class Saver:
         return self._flight is not None
 
     @property
+    def step_in_flight(self) -> int | None:
+        """The step whose save has begun and is not committed yet; None: there is none."""
+        return None if self._flight is None else commit.step_of(self._flight.final)
+
+    @property
     def is_writing(self) -> bool:
         """Whether this rank still writes; when no rank does, `finish` does not wait."""
         return self._flight is not None and self._flight.write.is_running
@@ -149,10 +154,10 @@ class Saver:
     def has_saved(self, step: int) -> Path | None:
         """The whole checkpoint of a step, if there is one already."""
         final = commit.step_folder(self._run_dir, step)
-        if self._last is not None and self._last.path == final:
-            return final
+        # what was committed last need not be hashed again, but a rewind may have deleted it
+        is_known = self._last is not None and self._last.path == final
         is_there = self._world.broadcast_object(
-            self._world.is_main and final.is_dir() and not commit.find_damage(final)
+            self._world.is_main and final.is_dir() and (is_known or not commit.find_damage(final))
         )
         return final if is_there else None
 
@@ -221,10 +226,12 @@ def write_first_checkpoint(
     return final
 
 
-def prune_checkpoints(run_dir: Path, config: CheckpointConfig, *, saved: Path) -> list[Path]:
+def prune_checkpoints(
+    run_dir: Path, config: CheckpointConfig, *, saved: Path, first_bad: int | None = None
+) -> list[Path]:
     """Delete the checkpoints that are no longer wanted after `saved`; which ones.
 
-    For one process: the one that owns the run folder.
+    The last one before step `first_bad` stays. For one process: the one that owns the run folder.
     """
     step = commit.step_of(saved)
     assert step is not None, saved
@@ -234,6 +241,7 @@ def prune_checkpoints(run_dir: Path, config: CheckpointConfig, *, saved: Path) -
         keep_last=config.keep_last,
         keep_every=config.keep_every_steps,
         tagged=commit.read_tags(run_dir).values(),
+        first_bad=first_bad,
     )
     for folder in doomed:
         commit.delete(folder)

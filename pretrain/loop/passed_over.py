@@ -26,11 +26,11 @@ class Rewind(NamedTuple):
 def read_rewinds(run_dir: Path) -> list[Rewind]:
     """The rewinds of a run, oldest first. Raises CheckpointError if the file is damaged."""
     path = run_dir / FILE
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
+    if not path.exists():
         return []
     try:
+        # what is no UTF-8 is a ValueError too
+        lines = path.read_text(encoding="utf-8").splitlines()
         return [Rewind(**json.loads(line)) for line in lines]
     except (ValueError, TypeError) as error:
         raise CheckpointError(

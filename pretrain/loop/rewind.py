@@ -9,13 +9,15 @@ from pretrain.errors import DivergenceError
 from pretrain.loop.passed_over import Rewind, append_rewind
 from pretrain.loop.record import Record
 from pretrain.loop.run_folder import on_rank_0
+from pretrain.loop.saves import Saves
+from pretrain.loop.spikes import first_bad_step
 from pretrain.loop.state import TrainState
 from pretrain.loop.steps import Session
 
 log = logging.getLogger(__name__)
 
 
-def rewind(session: Session, record: Record) -> None:
+def rewind(session: Session, record: Record, saves: Saves) -> None:
     """Take the run back to before the last bad steps; all ranks call it together.
 
     Without a checkpoint from before, nothing changes but a line in the log. Raises DivergenceError
@@ -25,15 +27,15 @@ def rewind(session: Session, record: Record) -> None:
     checkpoints go first, and only then the rows are passed over.
     """
     config, world, state = session.config, session.world, session.state
-    run_dir, first_bad = Path(config.run.dir), state.step - state.bad_in_a_row + 1
+    run_dir, first_bad = Path(config.run.dir), first_bad_step(state)
     limit = config.guards.spike.max_rewinds
+    saves.settle()
     if len(session.rewinds) >= limit:
         raise DivergenceError(
             f"Steps {first_bad} to {state.step} are loss spikes, and the run has gone back "
             f"{limit} times already (guards.spike.max_rewinds). Lower optimizer.learning_rate, or "
             "look at the rows with `pretrain replay`, and resume."
         )
-    session.saver.abandon()
     target = newest_checkpoint(run_dir, world, up_to=first_bad - 1)
     if target is None:
         log.error(

@@ -5,9 +5,10 @@ import time
 from pathlib import Path
 
 from pretrain.engine import commit
-from pretrain.engine.saving import prune_checkpoints
+from pretrain.engine.saving import Saved, prune_checkpoints
 from pretrain.errors import CheckpointError
 from pretrain.loop.record import Record
+from pretrain.loop.spikes import first_bad_step
 from pretrain.loop.steps import Session, StepRecord
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ class Saves:
         self._tags: dict[int, list[str]] = {}
         for tag, step in self._config.tags.items():
             self._tags.setdefault(step, []).append(tag)
+        self._tags_on_the_way: list[str] = []
         self._last_skipped: int | None = None
         self._is_asked = False
         self._blocked_s = 0.0
@@ -38,8 +40,8 @@ class Saves:
         saver = self._session.saver
         if saver.is_in_flight and (step.has_written or is_leaving):
             self._finish(must=False)
-        # one that is on its way answers whoever asks meanwhile
-        is_asked = step.should_save and not self._is_asked
+        # one that is on its way answers whoever asks meanwhile; a rewind may have given it up
+        is_asked = step.should_save and not (self._is_asked and saver.is_in_flight)
         if self._is_due(step.step) or is_leaving or is_asked:
             self._is_asked |= step.should_save
             self._save(must=is_leaving)
@@ -49,6 +51,17 @@ class Saves:
         if self._session.saver.is_in_flight:
             self._finish(must=False)
 
+    def settle(self) -> None:
+        """Before the run goes back: commit what is on its way from before the bad steps.
+
+        Where it goes back to then does not depend on how fast a disk is. A later save is given up.
+        """
+        saver = self._session.saver
+        step = saver.step_in_flight
+        if step is not None and step < first_bad_step(self._session.state):
+            self._finish(must=False)
+        saver.abandon()
+
     def _is_due(self, step: int) -> bool:
         return (
             step % self._config.every_steps == 0 or step in self._tags or self._is_first_skip(step)
@@ -57,14 +70,15 @@ class Saves:
     def _is_first_skip(self, step: int) -> bool:
         """Whether the weights of a dropped update are worth a save of their own.
 
-        The first of several in a row, and no two within the usual time between saves.
+        The first of several in a row, and no two within the usual time between saves; what was
+        saved later than this step, a rewind has deleted.
         """
         if not self._session.config.guards.save_on_skip:
             return False
         if self._session.state.skipped_in_a_row != 1:
             return False
         last = self._last_skipped
-        return last is None or step - last >= self._config.every_steps
+        return last is None or not 0 <= step - last < self._config.every_steps
 
     def _save(self, *, must: bool) -> None:
         session = self._session
@@ -76,8 +90,9 @@ class Saves:
             log.info("%s exists and is whole", existing)
             self._answer()
             return
+        self._tags_on_the_way = list(self._tags.get(step, []))
         if self._is_first_skip(step):
-            self._tags.setdefault(step, []).append(SKIPPED)
+            self._tags_on_the_way.append(SKIPPED)
             self._last_skipped = step
         self._record.sync()
         state = {"train": session.state.as_dict(), **session.identity}
@@ -102,7 +117,7 @@ class Saves:
         self._answer()
         self._record.saved(self._session.state, saved, blocked_s=self._blocked_s)
         if self._session.world.is_main:
-            self._keep(saved.path, saved.step)
+            self._keep(saved)
 
     def _answer(self) -> None:
         """control/save has been obeyed, if it was there."""
@@ -110,12 +125,13 @@ class Saves:
             self._session.control.forget("save")
         self._is_asked = False
 
-    def _keep(self, path: Path, step: int) -> None:
+    def _keep(self, saved: Saved) -> None:
         """Write the tags of a checkpoint, then delete those that are no longer wanted."""
         try:
-            for tag in self._tags.pop(step, []):
-                commit.write_tag(self._run_dir, tag, step)
-            prune_checkpoints(self._run_dir, self._config, saved=path)
+            for tag in self._tags_on_the_way:
+                commit.write_tag(self._run_dir, tag, saved.step)
+            first_bad = first_bad_step(self._session.state)
+            prune_checkpoints(self._run_dir, self._config, saved=saved.path, first_bad=first_bad)
         except OSError as error:
             log.error("an old checkpoint could not be deleted, or a tag not written: %s", error)
 

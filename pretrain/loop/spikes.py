@@ -47,6 +47,11 @@ def note(state: TrainState, loss_nats: float, verdict: Verdict, config: SpikeCon
         del state.good_losses[: -config.window_steps]
 
 
+def first_bad_step(state: TrainState) -> int:
+    """The first of the last steps that were spikes or had no update; the next step if none was."""
+    return state.step - state.bad_in_a_row + 1
+
+
 def must_rewind(state: TrainState, config: SpikeConfig) -> bool:
     """Whether spikes and dropped updates have gone on for so long that the run must go back."""
     return (

@@ -72,10 +72,12 @@ def split_metrics(
 ) -> dict[str, float]:
     """The seconds of a step; with data/wait_s they add up to it.
 
-    Those of the ranks' own work (data, forward, backward) are means over ranks. time/wait_s is
-    what that work leaves of the time until the ranks have met (`met_s`): waiting for the slowest,
-    and the meeting. Where they meet in every backward pass (ZeRO-2 and 3), that part of it is in
-    time/forward_s and time/backward_s.
+    Those of the ranks' own passes (data, forward, backward) are means over ranks. time/wait_s is
+    what these leave of the time until the ranks have met (`met_s`): waiting for the slowest, and
+    the meeting. Where gradients are summed over ranks inside of passes, waiting is there: in
+    time/backward_s of the last micro-step (ZeRO-1) or of each (ZeRO-2 and 3, 3 in time/forward_s
+    too). On GPUs ZeRO-2 with engine.overlap_comm waits in no pass: for the slowest rank in
+    time/wait_s, for its last sums in time/update_s.
     """
     own_s = data_s + forward_s + backward_s
     return {

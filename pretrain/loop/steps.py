@@ -5,7 +5,7 @@ number, so neither the ranks nor the accumulation nor padding weigh a token diff
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -33,7 +33,6 @@ from pretrain.loop.step_metrics import (
     source_metrics,
     speed_metrics,
     split_metrics,
-    work,
 )
 from pretrain.loop.stragglers import Stragglers
 from pretrain.loop.watchdog import Watchdog
@@ -152,11 +151,10 @@ def _step(session: Session) -> StepRecord:
     num_labels = int((labels_of(batch, config.model.documents) != IGNORED).sum())
     session.enter("count")
     (all_labels,) = world.sum([num_labels])
-    counted = time.monotonic()
     nats = _forward_and_backward(session, batch, own, scale=1 / max(all_labels, 1.0))
-    own_s = waited_s + time.monotonic() - counted
     session.enter("reduce")
-    sums, felt = _sum(session, nats=nats, batch=batch, waited_s=waited_s)
+    spent = session.clock.seconds()
+    sums, felt = _sum(session, nats=nats, batch=batch, waited_s=waited_s, spent=spent)
     met_s = time.monotonic() - started
     if sums.lost:
         note_lost_rows(config, world, state, batch)
@@ -190,7 +188,9 @@ def _step(session: Session) -> StepRecord:
         "data/lost_rows": state.lost_rows,
         **_plan_metrics(session, depths, first_row=first_row, step_s=step_s),
         **_time_metrics(sums, world, met_s=met_s, step_s=step_s),
-        **session.stragglers.add(own_s=own_s, work=work(own)),
+        **session.stragglers.add(
+            own_s=waited_s + spent["forward"], iterations=sum(depth.total for depth in own)
+        ),
         "memory/host_bytes": session.memory.measure(),
         **_device_memory(world),
         **sensor_metrics(felt),
@@ -233,18 +233,17 @@ def _record(state: TrainState, metrics: dict[str, Any], sums: _Sums) -> StepReco
 
 
 def _sum(
-    session: Session, *, nats: float, batch: Batch, waited_s: float
+    session: Session, *, nats: float, batch: Batch, waited_s: float, spent: Mapping[str, float]
 ) -> tuple[_Sums, list[float]]:
-    """The one sum over ranks of a step; wishes and sensors ride along with the loss."""
+    """The sum over ranks before the update; wishes and sensors ride along with the loss."""
     asked = session.control.poll()
     is_stopping = asked.stop or session.stop.received is not None
-    spent = session.clock.seconds()
     own = _Sums(
         nats=nats,
         checksum=row_checksum(batch),
         waited_s=waited_s,
-        forward_s=spent.get("forward", 0.0),
-        backward_s=spent.get("backward", 0.0),
+        forward_s=spent["forward"],
+        backward_s=spent["backward"],
         lost=len(batch.lost),
         writing=session.saver.is_writing,
         stopping=is_stopping,

@@ -1,7 +1,8 @@
 """Ranks that are slower than the others at equal work, by name.
 
-A rank's own seconds are those before the ranks first meet in a step; its work is the core's, since
-depths differ. Under ZeRO-2 and 3 the ranks meet at every micro-step, which hides part of it.
+A rank's own seconds are those of its forward passes and of waiting for data: in a backward pass it
+may wait for the others, whose gradients it adds. Its work are the iterations of the core, since
+depths differ. Under ZeRO-3 ranks meet in forward passes too, which hides who is slow there.
 """
 
 import logging
@@ -20,17 +21,17 @@ class Stragglers:
     def __init__(self, world: World, config: GuardConfig) -> None:
         self._world, self._config = world, config
         self._steps = 0
-        self._seconds = self._work = 0.0
+        self._seconds, self._iterations = 0.0, 0
 
-    def add(self, *, own_s: float, work: float) -> dict[str, float]:
+    def add(self, *, own_s: float, iterations: int) -> dict[str, float]:
         """Count a step; metrics when it completes a comparison, else nothing."""
         self._steps += 1
         self._seconds += own_s
-        self._work += work
+        self._iterations += iterations
         if self._steps < self._config.straggler_every_steps or self._world.size == 1:
             return {}
-        mine = (self._seconds / max(self._work, 1.0), socket.gethostname())
-        self._steps, self._seconds, self._work = 0, 0.0, 0.0
+        mine = (self._seconds / max(self._iterations, 1), socket.gethostname())
+        self._steps, self._seconds, self._iterations = 0, 0.0, 0
         found = self._world.gather_objects(mine)
         median = statistics.median(seconds for seconds, _ in found)
         ratios = [seconds / median for seconds, _ in found]

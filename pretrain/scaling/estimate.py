@@ -150,8 +150,8 @@ def step_time(config: TrainConfig, simulation: Simulation) -> StepTime:
     compute_s = rows / ranks * row.at(*mean_row_iterations(config, depth))
     seconds = row.of_depths(simulation.totals, depth.backprop)
     mean = seconds.sum(axis=1).mean() / ranks
-    deepest = waiting_s(config, seconds).mean()
-    slowest = waiting_s(config, _on_unequal_gpus(config, seconds)).mean()
+    deepest = slowest_s(config, seconds).mean()
+    slowest = slowest_s(config, _on_unequal_gpus(config, seconds)).mean()
     micro_steps = rows // ranks // config.batch.micro_rows
     return StepTime(
         compute_s=compute_s,
@@ -173,18 +173,18 @@ def step_seconds(
     seconds = RowSeconds.of(config).of_depths(totals, config.depth.backprop)
     micro_steps = totals.shape[1] // config.cluster.ranks // config.batch.micro_rows
     fixed = optimizer_s(config, moved) + communication(config).of_step(micro_steps)
-    return waiting_s(config, seconds) + fixed
+    return slowest_s(config, seconds) + fixed
 
 
-def waiting_s(config: TrainConfig, seconds: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Seconds of steps until the last rank is through, [steps] of those of rows [steps, rows].
+def slowest_s(config: TrainConfig, seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Seconds of a step's passes until the last rank is through, [steps] of rows' [steps, rows].
 
-    Under ZeRO-2 with engine.overlap_comm a rank that is ahead goes on while its reduction waits for
-    the others; overlap hides the same share of that wait as of the reduction.
+    Where our own reduction overlaps under ZeRO-2 (bf16), a rank that is ahead goes on while its
+    gradients wait for the others; overlap hides the same share of that wait as of the reduction.
     """
-    layout = layout_of(config)
+    layout, engine = layout_of(config), config.engine
     at_every_meeting = slowest_rank(seconds, layout)
-    if config.engine.zero_stage != 2 or not config.engine.overlap_comm:
+    if not (engine.zero_stage == 2 and engine.overlap_comm and engine.reduces_itself):
         return at_every_meeting
     at_the_end = slowest_rank(seconds, replace(layout, zero_stage=1))
     hidden = config.cluster.hardware.overlap_share

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pretrain.engine import commit, fragments, saving
-from pretrain.engine.checkpoint import load_weights, newest_checkpoint
+from pretrain.engine.checkpoint import load_checkpoint, load_weights, newest_checkpoint
 from pretrain.engine.config import Precision
 from pretrain.engine.deepspeed import Engine
 from pretrain.engine.saving import Saver, save_checkpoint
@@ -163,6 +163,49 @@ def abandon(world: World, folder: Path) -> list[str]:
     saver.begin(2, {})
     saver.finish()
     return left
+
+
+def delete_and_save_again(world: World, folder: Path) -> list[bool]:
+    """Whether the last step counts as saved: before, then, when a rewind deleted it, at last."""
+    engine = new_engine(world)
+    saver = Saver(engine, world, folder)
+
+    def is_saved() -> bool:
+        return saver.has_saved(1) is not None
+
+    found = [is_saved()]
+    saver.begin(1, {})
+    saved = saver.finish()
+    found.append(is_saved())
+    if world.is_main:
+        commit.delete(saved.path)
+    found.append(is_saved())
+    saver.begin(1, {})
+    saver.finish()
+    return [*found, is_saved()]
+
+
+def go_back(world: World, folder: Path) -> list[tuple[str, bool]]:
+    """Whether masters and moments that are loaded into a trained engine lie where they lay."""
+    outcomes = []
+    for stage in (1, 2, 3):
+        for precision in ("fp32", "bf16"):
+            engine = new_engine(world, stage=stage, precision=precision)
+            take_step(engine, 0)
+            name = f"ZeRO-{stage} {precision}"
+            saved = save_checkpoint(engine, world, folder / name, step=1, state={})
+            before = whole(engine)
+            take_step(engine, 1)
+            places = addresses(engine)
+            is_right = not is_equal(before, whole(engine))
+            load_checkpoint(engine, world, saved)
+            is_right &= is_equal(before, whole(engine)) and addresses(engine) == places
+            outcomes.append((name, is_right))
+    return outcomes
+
+
+def addresses(engine: Engine) -> dict[str, int]:
+    return {key: piece.data_ptr() for key, piece in saving._own_pieces(engine)}
 
 
 def without_memory(world: World, folder: Path) -> dict[str, Any]:

@@ -126,3 +126,20 @@ def test_the_last_and_every_nth_are_kept(
     folders = [Path(f"step-{step:010d}") for step in (50, 40, 30, 20, 10)]
     found = commit.prunable(folders, saved=saved, keep_last=keep_last, keep_every=keep_every)
     assert names(found) == doomed
+
+
+@pytest.mark.parametrize(
+    ("first_bad", "doomed"),
+    [
+        # a run whose step 50 was good needs nothing older
+        (51, [40, 30, 20, 10]),
+        (50, [30, 20, 10]),
+        (35, [40, 20, 10]),
+        (20, [40, 30, 20]),
+        (10, [40, 30, 20, 10]),
+    ],
+)
+def test_the_last_one_before_bad_steps_is_kept(first_bad: int, doomed: list[int]) -> None:
+    folders = [Path(f"step-{step:010d}") for step in (60, 50, 40, 30, 20, 10)]
+    found = commit.prunable(folders, saved=50, keep_last=1, keep_every=0, first_bad=first_bad)
+    assert names(found) == doomed

@@ -43,6 +43,18 @@ def test_a_save_that_is_given_up_leaves_nothing(tmp_path: Path) -> None:
     assert run_ranks(RANKS.abandon, 2, tmp_path) == [[], []]
 
 
+def test_a_checkpoint_that_a_rewind_deleted_is_saved_again(tmp_path: Path) -> None:
+    for found in run_ranks(RANKS.delete_and_save_again, 2, tmp_path):
+        assert found == [False, True, False, True]
+
+
+def test_going_back_takes_no_memory(tmp_path: Path) -> None:
+    """DeepSpeed has views of the moments, and would keep the old ones beside the new ones."""
+    for outcomes in run_ranks(RANKS.go_back, 2, tmp_path):
+        assert [name for name, is_right in outcomes if not is_right] == []
+        assert len(outcomes) == 6
+
+
 def test_without_memory_for_copies_training_waits(tmp_path: Path) -> None:
     for found in run_ranks(RANKS.without_memory, 2, tmp_path):
         assert found == {"writing": False, "copied_s": 0.0, "whole": True}

@@ -1,11 +1,20 @@
 """A slow rank is found by its time for equal work, not by its time."""
 
+import json
+import sys
 from pathlib import Path
+
+import pytest
+from lives import finish
 
 from pretrain.engine.world import World
 from pretrain.loop.guard_config import GuardConfig
 from pretrain.loop.stragglers import Stragglers
 from pretrain.testing import load_module, run_ranks
+
+sys.path.append(str(Path(__file__).parent))
+
+from watch_ranks import slow_down_rank_1
 
 RANKS = load_module(Path(__file__).with_name("watch_ranks.py"))
 
@@ -29,4 +38,23 @@ def test_equal_ranks_are_not_blamed() -> None:
 
 def test_a_rank_alone_is_nobodys_straggler() -> None:
     alone = Stragglers(World(0, 1, 0, None), GuardConfig(straggler_every_steps=1))
-    assert alone.add(own_s=9.0, work=1.0) == {}
+    assert alone.add(own_s=9.0, iterations=1) == {}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_rank_that_is_slow_in_a_run_is_named_although_the_others_wait_for_it(
+    workspace: Path, stage: int
+) -> None:
+    """They wait in their backward passes, which sum gradients over ranks and take all as long."""
+    run_dir = finish(
+        workspace, f"straggler-{stage}", f"engine.zero_stage={stage}", "engine.precision=bf16",
+        "run.steps=4", "guards.straggler_every_steps=2", "data.loader_workers=0",
+        ranks=2, before=slow_down_rank_1,
+    )  # fmt: skip
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    found = [record for record in map(json.loads, lines) if "ranks/slowest" in record]
+    assert [record["step"] for record in found] == [2, 4]
+    # the first steps also start what reads rows
+    assert found[1]["ranks/slowest"] == 1
+    # of two, whose mean is the median: 2 at most
+    assert found[1]["ranks/slowest_ratio"] > 1.2

@@ -5,11 +5,13 @@ import logging
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from pretrain.engine.world import World
 from pretrain.loop.guard_config import GuardConfig
 from pretrain.loop.stragglers import Stragglers
 from pretrain.loop.watchdog import Watchdog
+from pretrain.model.recurrent import RecurrentModel
 
 
 def one_is_slow(world: World, slow: int) -> tuple[list[dict[str, float]], list[str]]:
@@ -21,11 +23,23 @@ def one_is_slow(world: World, slow: int) -> tuple[list[dict[str, float]], list[s
     stragglers = Stragglers(world, GuardConfig(straggler_every_steps=4, straggler_ratio=1.4))
     found = []
     for _ in range(8):
-        work = 1.0 + world.rank
+        iterations = 1 + world.rank
         started = time.monotonic()
-        time.sleep(0.02 * work * (2 if world.rank == slow else 1))
-        found.append(stragglers.add(own_s=time.monotonic() - started, work=work))
+        time.sleep(0.02 * iterations * (2 if world.rank == slow else 1))
+        found.append(stragglers.add(own_s=time.monotonic() - started, iterations=iterations))
     return found, said
+
+
+def slow_down_rank_1() -> None:
+    """In a process of a run, before it starts: every forward pass of rank 1 takes longer."""
+    forward = RecurrentModel.forward
+
+    def late(model: RecurrentModel, *args: Any, **kwargs: Any) -> Any:
+        if os.environ["RANK"] == "1":
+            time.sleep(0.2)
+        return forward(model, *args, **kwargs)
+
+    RecurrentModel.forward = late  # type: ignore[method-assign]
 
 
 def one_keeps_the_interpreter(world: World, run_dir: Path, keeper: int) -> None:

@@ -14,7 +14,7 @@ from pretrain.scaling.compute import (
     optimizer_s,
     validation_s,
 )
-from pretrain.scaling.estimate import estimate, step_seconds, step_time, waiting_s
+from pretrain.scaling.estimate import estimate, slowest_s, step_seconds, step_time
 from pretrain.scaling.what_if import what_if
 
 # 512 rows a step
@@ -60,20 +60,22 @@ def test_one_rank_waits_for_nobody():
 def test_overlap_lets_stage_2_wait_less_often():
     """Four ranks with eight rows each: a share of what stage 2 waits for more than stage 1."""
 
-    def waited(stage, overlaps=True, **hardware):
+    def waited(stage, overlaps=True, precision=Precision.bf16, **hardware):
         config = config_of(
             {"cluster.gpus_per_node": 4, "batch.global_tokens": 131_072, "engine.zero_stage": stage,
-             "engine.overlap_comm": overlaps},
+             "engine.overlap_comm": overlaps, "engine.precision": precision},
             {f"cluster.hardware.{name}": value for name, value in hardware.items()},
         )  # fmt: skip
         totals = simulated(config).totals
         seconds = RowSeconds.of(config).of_depths(totals, config.depth.backprop)
-        return waiting_s(config, seconds)
+        return slowest_s(config, seconds)
 
     once, often = waited(1), waited(2, overlaps=False)
     assert (once < often).all()
     assert waited(2, overlap_share=0.4) == pytest.approx(0.4 * once + 0.6 * often)
     assert waited(2, overlap_share=0) == pytest.approx(often)
+    # DeepSpeed's own reduction ends with the backward pass
+    assert waited(2, precision=Precision.fp32) == pytest.approx(often)
     # stage 3 gathers weights in the forward pass, which nothing hides
     assert waited(3) == pytest.approx(often)
     assert waited(3, overlaps=False) == pytest.approx(often)
