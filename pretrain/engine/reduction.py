@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pretrain.optim.slices import Fragment
 
 
-class Beside:
+class SideStream:
     """A stream of work beside the current one; where there is none, the current one."""
 
     def __init__(self, device: torch.device, *, overlaps: bool) -> None:
@@ -45,7 +45,7 @@ class Beside:
             torch.cuda.current_stream().wait_stream(self._stream)
 
 
-class Home(NamedTuple):
+class OwnedShard(NamedTuple):
     """Where this rank keeps its part of a tensor's gradient sum."""
 
     total: Tensor
@@ -75,14 +75,14 @@ class ShardedSums:
     def __init__(
         self,
         totals: Sequence[Tensor],
-        homes: Mapping[nn.Parameter, Home],
-        beside: Beside,
+        shards: Mapping[nn.Parameter, OwnedShard],
+        side: SideStream,
         *,
         bucket_elements: int,
         group: dist.ProcessGroup,
     ) -> None:
-        """`totals` are zero; a parameter without a home has all its elements on other ranks."""
-        self._totals, self._homes, self._beside, self._group = totals, homes, beside, group
+        """`totals` are zero; a parameter without a shard has all its elements on other ranks."""
+        self._totals, self._shards, self._side, self._group = totals, shards, side, group
         device = totals[0].device
         self._bucket = torch.empty(bucket_elements, dtype=torch.float32, device=device)
         self._filled = 0
@@ -91,7 +91,7 @@ class ShardedSums:
     def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """Let a gradient join the bucket, and let go of it."""
         flat = gradient.reshape(-1)
-        with self._beside.after(flat):
+        with self._side.after(flat):
             start = 0
             while start < flat.numel():
                 numel = min(flat.numel() - start, self._bucket.numel() - self._filled)
@@ -106,28 +106,28 @@ class ShardedSums:
     def flush(self) -> None:
         """Sum what is left in the bucket, at the end of a backward pass."""
         if self._filled:
-            with self._beside.after():
+            with self._side.after():
                 self._empty_bucket()
 
     def take(self) -> Sequence[Tensor]:
         """The sums of this step, one for each partition; `forget` them when they are used."""
         self.flush()
-        self._beside.join()
+        self._side.join()
         return self._totals
 
     def forget(self) -> None:
         """The next gradient begins new sums."""
-        # not beside: the memory may be given away as soon as nobody holds this object
+        # not on the side stream: the memory may be given away as soon as nobody holds this object
         for total in self._totals:
             total.zero_()
 
     def _empty_bucket(self) -> None:
         dist.all_reduce(self._bucket.narrow(0, 0, self._filled), group=self._group)
         for piece in self._pieces:
-            home = self._homes.get(piece.parameter)
-            if home is None:
+            shard = self._shards.get(piece.parameter)
+            if shard is None:
                 continue
-            total, fragment = home
+            total, fragment = shard
             start = max(piece.start, fragment.tensor_start)
             end = min(piece.start + piece.numel, fragment.tensor_start + fragment.numel)
             if start < end:
@@ -148,8 +148,8 @@ class EarlySums:
     LEAST = 1 << 14
     """Elements of a tensor that travels alone: the matrices of any model, no gains or biases."""
 
-    def __init__(self, beside: Beside, group: dist.ProcessGroup) -> None:
-        self._beside, self._group = beside, group
+    def __init__(self, side: SideStream, group: dist.ProcessGroup) -> None:
+        self._side, self._group = side, group
         self._sent: set[int] = set()
 
     def finished(self, total: Tensor) -> None:
@@ -157,13 +157,13 @@ class EarlySums:
         if total.numel() < self.LEAST:
             return
         assert id(total) not in self._sent, "a gradient came after its sum was sent"
-        with self._beside.after():
+        with self._side.after():
             dist.all_reduce(total, group=self._group)
         self._sent.add(id(total))
 
     def left(self, totals: Sequence[Tensor]) -> list[Tensor]:
         """At the end of the last backward pass: wait for what was sent, and return the others."""
-        self._beside.join()
+        self._side.join()
         left = [total for total in totals if id(total) not in self._sent]
         self._sent.clear()
         return left

@@ -27,7 +27,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from pretrain.engine.config import EngineConfig
-from pretrain.engine.reduction import Beside, EarlySums, Home, ShardedSums
+from pretrain.engine.reduction import EarlySums, OwnedShard, ShardedSums, SideStream
 from pretrain.engine.update import Update
 from pretrain.optim.adamw import AdamW
 from pretrain.optim.ellis_adam import EllisAdam
@@ -145,23 +145,23 @@ def take_over(
         return None
     rounded = [partition[rank] for partition in partitions]
     zero.update = Update(optimizer, layout, rounded, clip=clip)
-    beside = Beside(rounded[0].device, overlaps=config.overlap_comm)
+    side = SideStream(rounded[0].device, overlaps=config.overlap_comm)
     if taken is Zero1:
         group = zero.real_dp_process_group[0]
         has_others = config.overlap_comm and dist.get_world_size(group) > 1
-        zero.early = EarlySums(beside, group) if has_others else None
+        zero.early = EarlySums(side, group) if has_others else None
     else:
-        zero.sums = sharded_sums(zero, layout, beside, config.bucket_elements)
+        zero.sums = sharded_sums(zero, layout, side, config.bucket_elements)
     # The object has hooks on every parameter by now; its class is what they look methods up in.
     zero.__class__ = taken
     return zero.update
 
 
-def sharded_sums(zero: Any, layout: Layout, beside: Beside, bucket_elements: int) -> ShardedSums:
+def sharded_sums(zero: Any, layout: Layout, side: SideStream, bucket_elements: int) -> ShardedSums:
     """For the parameters of DeepSpeed's groups, which are those of the layout's partitions."""
     totals = [torch.zeros_like(partition.flat) for partition in layout.partitions]
-    homes = {
-        parameters[fragment.tensor]: Home(total, fragment)
+    shards = {
+        parameters[fragment.tensor]: OwnedShard(total, fragment)
         for parameters, partition, total in zip(
             zero.bit16_groups, layout.partitions, totals, strict=True
         )
@@ -169,7 +169,7 @@ def sharded_sums(zero: Any, layout: Layout, beside: Beside, bucket_elements: int
     }
     elements = sum(p.numel() for parameters in zero.bit16_groups for p in parameters)
     return ShardedSums(
-        totals, homes, beside,
+        totals, shards, side,
         bucket_elements=min(bucket_elements, elements), group=zero.real_dp_process_group[0],
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pretrain.engine.reduction import Beside, EarlySums, Home, ShardedSums
+from pretrain.engine.reduction import EarlySums, OwnedShard, ShardedSums, SideStream
 from pretrain.optim.slices import Fragment
 
 pytestmark = [
@@ -38,26 +38,26 @@ def group() -> Iterator[dist.ProcessGroup]:
     dist.destroy_process_group()
 
 
-def delay(beside: Beside) -> None:
-    with beside.after():
+def delay(side: SideStream) -> None:
+    with side.after():
         torch.cuda._sleep(CYCLES)
 
 
-def new_sums(beside: Beside, group: dist.ProcessGroup) -> tuple[ShardedSums, nn.Parameter]:
+def new_sums(side: SideStream, group: dist.ProcessGroup) -> tuple[ShardedSums, nn.Parameter]:
     """Those of one parameter, through a bucket that it fills four times.
 
     A step is done: kernels that are loaded when first used would have the host wait for the GPU.
     """
     parameter = nn.Parameter(torch.zeros(NUMEL, dtype=torch.bfloat16, device=CUDA))
-    homes = {parameter: Home(torch.zeros(NUMEL, device=CUDA), Fragment(0, 0, 0, NUMEL))}
+    shards = {parameter: OwnedShard(torch.zeros(NUMEL, device=CUDA), Fragment(0, 0, 0, NUMEL))}
     sums = ShardedSums(
-        [home.total for home in homes.values()], homes, beside,
+        [shard.total for shard in shards.values()], shards, side,
         bucket_elements=NUMEL // 4, group=group,
     )  # fmt: skip
     sums.add(parameter, new_gradient(7.0))
     assert is_filled(sums.take()[0], 7.0)
     sums.forget()
-    delay(beside)
+    delay(side)
     torch.cuda.synchronize()
     return sums, parameter
 
@@ -72,10 +72,10 @@ def is_filled(tensor: Tensor, value: float) -> bool:
 
 
 def test_gradients_keep_their_memory_until_they_are_read(group: dist.ProcessGroup) -> None:
-    beside = Beside(CUDA, overlaps=True)
-    sums, parameter = new_sums(beside, group)
+    side = SideStream(CUDA, overlaps=True)
+    sums, parameter = new_sums(side, group)
     for _ in range(2):
-        delay(beside)
+        delay(side)
         for value in (1.0, 2.0):
             gradient = new_gradient(value)
             address = gradient.data_ptr()
@@ -88,11 +88,11 @@ def test_gradients_keep_their_memory_until_they_are_read(group: dist.ProcessGrou
 
 
 def test_sums_that_are_gone_are_not_written_to(group: dist.ProcessGroup) -> None:
-    beside = Beside(CUDA, overlaps=True)
-    sums, parameter = new_sums(beside, group)
+    side = SideStream(CUDA, overlaps=True)
+    sums, parameter = new_sums(side, group)
     sums.add(parameter, new_gradient(1.0))
     address = sums.take()[0].data_ptr()
-    delay(beside)
+    delay(side)
     sums.forget()
     del sums
     gc.collect()
@@ -103,12 +103,12 @@ def test_sums_that_are_gone_are_not_written_to(group: dist.ProcessGroup) -> None
 
 
 def test_early_sums_are_there_when_the_pass_has_ended(group: dist.ProcessGroup) -> None:
-    beside = Beside(CUDA, overlaps=True)
-    early = EarlySums(beside, group)
+    side = SideStream(CUDA, overlaps=True)
+    early = EarlySums(side, group)
     large, small = torch.ones(EarlySums.LEAST, device=CUDA), torch.ones(3, device=CUDA)
     for value in (2.0, 4.0, 8.0):
-        delay(beside)
-        with beside.after():
+        delay(side)
+        with side.after():
             # what other ranks would add
             large.mul_(2)
         early.finished(large)
