@@ -95,7 +95,7 @@ def test_help_shows_a_setting_with_its_value_and_meaning(tmp_path: Path) -> None
     assert not list(tmp_path.iterdir())
     wrong = run_cli(tmp_path, "evaluate", "--help", "evaluate.rws=7")
     assert wrong.returncode == 64
-    assert "Did you mean rows?" in wrong.stderr
+    assert "Did you mean evaluate.rows?" in wrong.stderr
 
 
 @pytest.mark.parametrize(
