@@ -63,6 +63,7 @@ def test_a_dry_run_shows_plan_script_and_command_and_writes_nothing(tmp_path: Pa
         "and 2 more, each behind the one before",
     ):
         assert said in done.stdout
+    assert "shards/manifest.json is not there yet" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
