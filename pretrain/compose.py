@@ -331,6 +331,9 @@ def _explain(error: BaseException) -> str:
         return f"{text}\nAdd what has keys of its own in braces: '+GROUP={{NAME: {{KEY: VALUE}}}}'."
     if text.endswith("is not a ListConfig, list or tuple."):
         return f"{key} takes a list: {key}='[{getattr(error, 'value', '...')}]'."
+    value = getattr(error, "value", None)
+    if isinstance(value, float) and value.is_integer() and text.endswith("to Integer"):
+        return f"{key}={value} is no whole number for YAML; write {key}={int(value):_}."
     if found := _AMBIGUOUS.search(text):
         key, value = found.groups()
         return (

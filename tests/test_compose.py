@@ -77,6 +77,7 @@ def test_huginn_has_every_published_value() -> None:
         ("optimizer.epsilon=1e-8", "epsilon"),
         ("batch.global_tokens=many", "batch.global_tokens: Value 'many'"),
         ("run.steps=[1]", "run.steps"),
+        ("schedule.warmup_tokens=2e9", "write schedule.warmup_tokens=2_000_000_000."),
         ("model=huge", "model=huge: model is one of addition, huginn-100m, huginn-3.5b, tiny."),
         ("optimizer=adam", "one of adamw, ellis-adam, ellis-adam-tiny. Did you mean adamw?"),
         ("checkpoint.tags.best=5", "'+checkpoint.tags={best: ...}' adds it"),
