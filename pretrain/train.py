@@ -4,6 +4,7 @@ One process, torchrun and srun start the same program; ranks come from the envir
 """
 
 import logging
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -173,11 +174,14 @@ def _life(config: TrainConfig, world: World, stop: StopSignals, lock: RunLock) -
         session.forget_batches()
         lineage.reason = _reason_to_leave(session)
     exit_code = EXIT_FINISHED if lineage.reason == FINISHED else EXIT_SAVED_ON_SIGNAL
-    if world.is_main and lineage.reason not in (FINISHED, STOPPED):
+    is_interrupted = lineage.reason not in (FINISHED, STOPPED)
+    if world.is_main and is_interrupted:
         write_requeue_record(run_dir, session.state.step)
         record.requeued(session.state, lineage.reason)
     for path in record.finish(exit_code):
         log.info("plot: %s", path)
+    if is_interrupted:
+        log.info("to go on: pretrain train run.dir=%s", shlex.quote(str(run_dir)))
     return exit_code
 
 

@@ -172,6 +172,8 @@ def test_a_signal_saves_and_asks_to_be_requeued(
     newest = (run_dir / "checkpoints/latest").read_text().strip()
     assert newest == f"step-{record['step']:010d}"
     assert max(read_steps(run_dir)) == record["step"]
+    log = (run_dir / "logs/rank-00000.log").read_text().strip()
+    assert log.endswith(f"to go on: pretrain train run.dir=out/runs/{name}")
     assert not (run_dir / "lock.json").exists()
 
 
