@@ -185,12 +185,15 @@ def check_resumable(old: tree.TrainConfig, new: tree.TrainConfig) -> None:
         f"  {key}: {was} in the run folder, {now} asked for" for key, (was, now) in changed.items()
     ]
     if refused:
+        folder = Path(new.run.dir)
+        has_begun = (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists()
         raise ConfigError(
-            f"{new.run.dir} holds another run; these may not change when it resumes:\n"
+            f"{folder} holds another run; these may not change when it resumes:\n"
             + "\n".join(refused)
             + "\nChoose another run.dir (or run.name), or drop the override. Where a group is "
             "chosen, such as engine=..., the run's own settings do not count: give keys, such as "
             "engine.zero_stage=3, or all that the run was started with."
+            + ("" if has_begun else " It has taken no step: if no job waits for it, remove it.")
         )
 
 

@@ -203,7 +203,10 @@ def test_another_model_in_the_folder_is_refused(tmp_path: Path) -> None:
     write_frozen(old, tmp_path)
     new = load("train", ["model=tiny", folder])
     assert differences(old, new) == {"model.width": (64, new.model.width)}
-    with pytest.raises(ConfigError, match=r"model\.width: 64 in the run folder"):
+    with pytest.raises(ConfigError, match=r"(?s)model\.width: 64 in the run folder.*remove it\."):
+        check_resumable(thaw(tmp_path), new)
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"started with\.$"):
         check_resumable(thaw(tmp_path), new)
 
 
