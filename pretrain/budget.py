@@ -20,6 +20,8 @@ RESERVED_SHARE = 0.05
 SIMULATION_S = 0.05
 # A share of the run's time that another interval between saves must gain to be advised.
 WORTH_SAYING = 0.01
+# The share of the run's time in validations above which that is said. `make train` is at 0.15.
+MUCH_VALIDATION = 0.2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,6 +183,13 @@ def advice(plan: Plan) -> list[str]:
             f"checkpoint.every_steps={config.checkpoint.every_steps} leaves "
             f"{expected.shares.useful:.1%} of the time to work that counts; "
             f"{expected.best_every_steps} would leave {expected.best.useful:.1%}."
+        )
+    if expected.validating > MUCH_VALIDATION:
+        found.append(
+            f"Validation takes {expected.validating:.1%} of the time: lower validation.rows="
+            f"{config.validation.rows} or the deepest of validation.depths, "
+            f"{max(config.validation.depths)}, or raise validation.every_steps="
+            f"{config.validation.every_steps}."
         )
     return found
 

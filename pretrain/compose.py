@@ -9,7 +9,7 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +22,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from pretrain import config as tree
@@ -68,6 +68,8 @@ FREE_FOR_A_RUN = ("model.path", "model.no_grad_precision", "model.grad_precision
 # Of files whose keys are those of other groups: the first line that says so is missing.
 _NO_PACKAGE = re.compile(r"In '((\w+)/[^']+)': .*\nKey '\2' not in '")
 _NO_SLASH = re.compile(r"Could not override '(?:experiment|debug|user)/([\w-]+)@")
+# Commas without brackets or quotes.
+_AMBIGUOUS = re.compile(r"^Ambiguous value for argument '([^=]+)=(.*)'$", re.M)
 # What Hydra says of an option that a group has not.
 _NO_OPTION = re.compile(
     r"Could not find '([^']+)/([^/']+)'\s+Available options in '[^']+':\n((?:\t.*\n?)+)"
@@ -170,19 +172,33 @@ def check_resumable(old: tree.TrainConfig, new: tree.TrainConfig) -> None:
 
     Raises ConfigError that names each fixed key with both values.
     """
-    refused = [
-        f"  {key}: {was} in the run folder, {now} asked for"
-        for key, (was, now) in differences(old, new).items()
+    changed = {
+        key: values
+        for key, values in differences(old, new).items()
         if key.startswith(FIXED_FOR_A_RUN) and key not in FREE_FOR_A_RUN
+    }
+    if old.data.sources.keys() != new.data.sources.keys():
+        # a line each for what only one of the two has would bury the rest
+        changed = {key: v for key, v in changed.items() if not key.startswith("data.sources")}
+        changed["data.sources"] = (_names(old.data.sources), _names(new.data.sources))
+    refused = [
+        f"  {key}: {was} in the run folder, {now} asked for" for key, (was, now) in changed.items()
     ]
     if refused:
+        folder = Path(new.run.dir)
+        has_begun = (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists()
         raise ConfigError(
-            f"{new.run.dir} holds another run; these may not change when it resumes:\n"
+            f"{folder} holds another run; these may not change when it resumes:\n"
             + "\n".join(refused)
             + "\nChoose another run.dir (or run.name), or drop the override. Where a group is "
             "chosen, such as engine=..., the run's own settings do not count: give keys, such as "
             "engine.zero_stage=3, or all that the run was started with."
+            + ("" if has_begun else " It has taken no step: if no job waits for it, remove it.")
         )
+
+
+def _names(sources: Iterable[str]) -> str:
+    return ", ".join(sources) or "none"
 
 
 def compose_to_show(primary: str, overrides: Sequence[str]) -> tuple[DictConfig, dict[str, Any]]:
@@ -216,8 +232,7 @@ def _compose(primary: str, overrides: Sequence[str]) -> DictConfig:
     except OverrideParseException as error:
         raise _unreadable(error) from error
     except (HydraException, OmegaConfBaseException) as error:
-        text = _explain(error)
-        raise ConfigError(text + _nearest_key(text, primary)) from error
+        raise ConfigError(_explain(error) + _nearest_key(error, primary)) from error
     except YAMLError as error:
         raise ConfigError(f"A file of conf/ is no YAML: {error}.") from error
     except ValueError as error:
@@ -318,7 +333,16 @@ def _explain(error: BaseException) -> str:
     if text.startswith("Invalid type assigned: dict"):
         return f"{text}\nAdd what has keys of its own in braces: '+GROUP={{NAME: {{KEY: VALUE}}}}'."
     if text.endswith("is not a ListConfig, list or tuple."):
-        return f"{key} takes a list, such as {key}='[1,2]'."
+        return f"{key} takes a list: {key}='[{getattr(error, 'value', '...')}]'."
+    value = getattr(error, "value", None)
+    if isinstance(value, float) and value.is_integer() and text.endswith("to Integer"):
+        return f"{key}={value} is no whole number for YAML; write {key}={int(value):_}."
+    if found := _AMBIGUOUS.search(text):
+        key, value = found.groups()
+        return (
+            f"{key}={value} may be a list, a text or values of a sweep. A list: {key}='[{value}]'; "
+            f"a text: {key}='\"{value}\"'; a sweep: add --multirun."
+        )
     if found := _NO_PACKAGE.search(text):
         return (
             f"conf/{found[1]}.yaml sets keys of its own group, {found[2]}, which has none. Make "
@@ -343,13 +367,29 @@ def _name_options(text: str) -> str:
     return f"{where}{group}={asked}: {group} is one of {', '.join(options)}.{hint}"
 
 
-def _nearest_key(text: str, primary: str) -> str:
-    found = re.search(r"Key '([^']+)' (?:is )?not in '([^']+)'", text)
-    if not found:
+def _nearest_key(error: BaseException, primary: str) -> str:
+    """A line to append: what may have been meant by a key that there is not."""
+    while not isinstance(error, ConfigKeyError | ConfigAttributeError):
+        # Hydra breaks the chain of causes where a file is merged
+        inner = error.__cause__ or error.__context__
+        if inner is None:
+            return ""
+        error = inner
+    asked, owner = error.full_key, error.object_type
+    if owner is tree.RunFolderConfig:
+        return "\nThis command takes a run's folder: run.dir=out/runs/NAME."
+    if not dataclasses.is_dataclass(owner):
         return ""
-    known = sorted({key.rsplit(".", 1)[-1] for key in _known_keys(SCHEMAS[primary])})
-    near = difflib.get_close_matches(found.group(1), known, n=1)
-    return f"\nDid you mean {near[0]}?" if near else ""
+    group, _, name = (asked or str(error.key)).rpartition(".")
+    beside = [field.name for field in dataclasses.fields(owner)]
+    if near := difflib.get_close_matches(name, beside, n=1):
+        return f"\nDid you mean {group}{'.' * bool(group)}{near[0]}?"
+    known = _known_keys(SCHEMAS[primary])
+    if found := [key for key in known if key.rpartition(".")[2] == name]:
+        return f"\nDid you mean {' or '.join(found)}?"
+    if group:
+        return f"\n{group} has {', '.join(beside)}."
+    return "\n--help shows every key."
 
 
 def _known_keys(schema: Any, prefix: str = "") -> list[str]:

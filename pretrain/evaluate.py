@@ -19,14 +19,14 @@ from pretrain.engine.config import Device
 from pretrain.engine.world import World, join, leave
 from pretrain.loop.plots import plot_depth_curve
 from pretrain.loop.state import check_same_data, check_same_tokenizer
-from pretrain.loop.trained import Trained, load_trained
+from pretrain.loop.trained import Trained, check_is_here, load_trained
 from pretrain.loop.validation import validate
 from pretrain.model.fixed import fixed_weights
 from pretrain.tasks.config import EvaluateOptions
 from pretrain.tasks.likelihood import Subject
 from pretrain.tasks.measure import check_options, measure
 from pretrain.tasks.records import Task, read_task
-from pretrain.tasks.report import plot, show, write
+from pretrain.tasks.report import plot, replace_result, show, write
 from pretrain.tasks.scores import Outcome
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def main(config: EvaluateConfig) -> None:
     check_options(tasks, options)
     # where the run was trained says nothing about where it is evaluated
     world = join(dataclasses.replace(thaw(run_dir).engine, device=Device.auto))
-    trained = load_trained(run_dir, world.device)
+    trained = load_trained(run_dir, world.device, step=options.step)
     if tasks:
         _measure_tasks(run_dir, trained, world, tasks, options)
     else:
@@ -55,6 +55,7 @@ def _measure_held_out(
     run_dir: Path, trained: Trained, world: World, options: EvaluateOptions
 ) -> None:
     data = trained.config.data
+    check_is_here(run_dir, "data.shards", data.shards)
     check_same_data(trained.state, open_manifest(data).fingerprint, data.shards)
     held_out = valid_rows(data, rows=options.rows, rank=world.rank, ranks=world.size)
     with fixed_weights(trained.model):
@@ -70,6 +71,7 @@ def _measure_tasks(
     tasks: Sequence[Task],
     options: EvaluateOptions,
 ) -> None:
+    check_is_here(run_dir, "tokenizer.path", trained.config.tokenizer.path)
     tokenizer = Tokenizer.load(trained.config.tokenizer.path)
     check_same_tokenizer(trained.state, tokenizer.sha256, trained.config.tokenizer.path)
     subject = Subject(
@@ -115,6 +117,6 @@ def _report(run_dir: Path, step: int, result: dict[str, Any]) -> None:
     folder = run_dir / "evaluation"
     folder.mkdir(exist_ok=True)
     path = folder / f"step-{step:010d}.json"
-    path.write_text(json.dumps({"step": step, **result}, indent=1) + "\n", encoding="utf-8")
+    replace_result(path, json.dumps({"step": step, **result}, indent=1) + "\n")
     plot = plot_depth_curve(path.with_suffix(".png"), depths, losses, title=title)
     print(f"written: {path}\nplot:    {plot}")

@@ -12,7 +12,7 @@ from pretrain.data.tokenizer import Tokenizer
 from pretrain.engine.checkpoint import load_weights, read_optimizer_steps
 from pretrain.errors import ConfigError, PretrainError
 from pretrain.loop.state import check_same_data, check_same_tokenizer
-from pretrain.loop.trained import Trained, load_trained
+from pretrain.loop.trained import Trained, check_is_here, load_trained
 from pretrain.model.depth import Depth
 from pretrain.model.huggingface.moments import save_moments
 from pretrain.model.huggingface.save import save_pretrained
@@ -29,6 +29,7 @@ def main(config: ExportConfig) -> None:
     trained = load_trained(
         config.run.dir, torch.device("cpu"), step=options.step, dtype=torch.float32
     )
+    check_is_here(config.run.dir, "tokenizer.path", trained.config.tokenizer.path)
     tokenizer = Tokenizer.load(trained.config.tokenizer.path)
     check_same_tokenizer(trained.state, tokenizer.sha256, trained.config.tokenizer.path)
     depth = trained.config.depth

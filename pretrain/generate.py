@@ -11,7 +11,7 @@ from pretrain.config import GenerateConfig
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import ConfigError
 from pretrain.loop.state import check_same_tokenizer
-from pretrain.loop.trained import load_trained
+from pretrain.loop.trained import check_is_here, load_trained
 from pretrain.model.decoding import Decoding
 from pretrain.model.generation import Chosen, generate
 from pretrain.model.recurrent import RecurrentModel
@@ -24,7 +24,8 @@ def main(config: GenerateConfig) -> None:
     """Print the prompt and its continuation, token by token."""
     options = config.generate
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trained = load_trained(config.run.dir, device)
+    trained = load_trained(config.run.dir, device, step=options.step)
+    check_is_here(config.run.dir, "tokenizer.path", trained.config.tokenizer.path)
     tokenizer = Tokenizer.load(trained.config.tokenizer.path)
     check_same_tokenizer(trained.state, tokenizer.sha256, trained.config.tokenizer.path)
     prompt = [tokenizer.special.begin_text, *tokenizer.encode(options.prompt)]

@@ -31,6 +31,7 @@ def run_jobs(words: str, primary: str, overrides: Sequence[str]) -> int:
     """
     jobs = combinations(overrides)
     _check(words, primary, jobs)
+    failed: list[str] = []
     code = EXIT_FINISHED
     for number, job in enumerate(jobs, start=1):
         log.info("job %d of %d: %s %s", number, len(jobs), words, " ".join(job))
@@ -38,6 +39,10 @@ def run_jobs(words: str, primary: str, overrides: Sequence[str]) -> int:
         if own == EXIT_SAVED_ON_SIGNAL:
             return own
         code = max(code, own)
+        if own != EXIT_FINISHED:
+            failed.append(f"job {number} with {own} ({' '.join(job)})")
+    if failed:
+        log.error("%d of %d jobs failed: %s", len(failed), len(jobs), "; ".join(failed))
     return code
 
 

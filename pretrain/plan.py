@@ -101,7 +101,8 @@ def _curriculum(config: TrainConfig) -> str:
 def _memory_table(plan: Plan) -> Table:
     config = plan.config
     usable = usable_bytes(config)
-    micro_rows = sorted({*MICRO_ROWS, config.batch.micro_rows})
+    configured = config.batch.micro_rows
+    micro_rows = sorted({*MICRO_ROWS, max(1, configured // 2), configured})
     table = _table(
         f"Memory of one rank in GiB, {config.engine.precision.value}, model.path="
         f"{config.model.path.value}. Usable: {usable / GIB:.1f} "
@@ -195,7 +196,12 @@ def _speed_table(plan: Plan) -> Table:
             f"every {config.checkpoint.every_steps} steps, {gone.wait_s:.2g} s of waiting each; "
             f"every {expected.best_every_steps} steps would be near the best",
         ),
-        ("whole run", f"{plan.hours:,.1f} hours = {days:,.1f} days"),
+        (
+            "whole run",
+            f"{plan.hours:,.1f} hours = {days:,.1f} days"
+            if plan.hours >= 1
+            else f"{plan.hours * 60:,.1f} minutes",
+        ),
         ("rank hours", f"{plan.hours * cluster.ranks:,.0f}"),
         (
             "loaders of a host",
@@ -205,7 +211,7 @@ def _speed_table(plan: Plan) -> Table:
         (
             "checkpoint",
             f"{saved / GIB:,.2f} GiB; {config.checkpoint.keep_last} kept and one in the making: "
-            f"{saved * (config.checkpoint.keep_last + 1) / GIB:,.1f} GiB",
+            f"{saved * (config.checkpoint.keep_last + 1) / GIB:,.2f} GiB",
         ),
     ):
         table.add_row(name, value)

@@ -43,7 +43,15 @@ from pretrain.jobs.script import (
     job_name,
 )
 from pretrain.jobs.snapshot import Snapshot, checkout, describe, take
-from pretrain.jobs.sweeps import Point, print_table, read_sweep, report, swept_values, write_sweep
+from pretrain.jobs.sweeps import (
+    Point,
+    check_sweep_folder,
+    print_table,
+    read_sweep,
+    report,
+    swept_values,
+    write_sweep,
+)
 from pretrain.multirun import combinations, refuse_shared_folders
 
 log = logging.getLogger(__name__)
@@ -92,6 +100,7 @@ def main(config: SubmitConfig) -> int:
     """Submit one run; the exit code. Raises ConfigError before anything is written."""
     job = _prepare(config, code_in=None)
     _print_plan(job)
+    _warn_of_missing_data([config.run_config()])
     if _says_finished(job):
         return EXIT_FINISHED
     _refuse_stopped(job.folder)
@@ -133,6 +142,8 @@ def sweep(overrides: Sequence[str]) -> int:
     points = [
         Point(run_dir=str(job.folder), swept=own) for job, own in zip(jobs, swept, strict=True)
     ]
+    check_sweep_folder(folder, points)
+    _warn_of_missing_data([config.run_config() for config in configs])
     if options.dry_run:
         for job, own in zip(jobs, swept, strict=True):
             print(f"{job.folder}: {' '.join(f'{key}={value}' for key, value in own.items())}")
@@ -239,6 +250,20 @@ def _print_plan(job: Job) -> None:
         print(line)
     for change in job.changes:
         print(f"changes {change}")
+
+
+def _warn_of_missing_data(configs: Sequence[TrainConfig]) -> None:
+    """Say what the jobs will look for and is not there yet; a job of its own may be making it."""
+    shards = [config.data.shards for config in configs if "://" not in config.data.shards]
+    wanted = [Path(folder) / "manifest.json" for folder in shards]
+    wanted += [Path(config.tokenizer.path) for config in configs]
+    for path in dict.fromkeys(wanted):
+        if not path.exists():
+            log.warning(
+                "%s is not there yet, and a job that starts without it ends with 65. `pretrain "
+                "data tokenizer`, then `pretrain data build` or slurm/data.sbatch make it.",
+                path,
+            )
 
 
 def _print_dry_run(job: Job) -> None:

@@ -4,6 +4,7 @@ One process, torchrun and srun start the same program; ranks come from the envir
 """
 
 import logging
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -145,12 +146,16 @@ def _life(config: TrainConfig, world: World, stop: StopSignals, lock: RunLock) -
         return EXIT_FINISHED
     control = Control(run_dir, world)
     if control.is_stopped():
-        log.warning("%s stays at step %d: control/stop is there", run_dir, inputs.state.step)
+        log.warning(
+            "%s stays at step %d: control/stop is there; remove it to go on",
+            run_dir,
+            inputs.state.step,
+        )
         return EXIT_SAVED_ON_SIGNAL
     on_rank_0(world, control.open)
     on_rank_0(world, lambda: begin_life(config, run_dir))
     if world.is_main:
-        _warn_of_the_schedule(config, inputs.state)
+        _warn_of_schedules(config, inputs.state)
     lineage = Lineage(run_dir, world, first_step=inputs.state.step, fence=lock.refresh)
     records: list[Record] = []
 
@@ -171,15 +176,18 @@ def _life(config: TrainConfig, world: World, stop: StopSignals, lock: RunLock) -
         session.forget_batches()
         lineage.reason = _reason_to_leave(session)
     exit_code = EXIT_FINISHED if lineage.reason == FINISHED else EXIT_SAVED_ON_SIGNAL
-    if world.is_main and lineage.reason not in (FINISHED, STOPPED):
+    is_interrupted = lineage.reason not in (FINISHED, STOPPED)
+    if world.is_main and is_interrupted:
         write_requeue_record(run_dir, session.state.step)
         record.requeued(session.state, lineage.reason)
     for path in record.finish(exit_code):
         log.info("plot: %s", path)
+    if is_interrupted:
+        log.info("to go on: pretrain train run.dir=%s", shlex.quote(str(run_dir)))
     return exit_code
 
 
-def _warn_of_the_schedule(config: TrainConfig, state: TrainState) -> None:
+def _warn_of_schedules(config: TrainConfig, state: TrainState) -> None:
     tokens, schedule = total_tokens(config, state), config.schedule
     step_tokens = config.batch.global_tokens
     if not reaches_peak(step_tokens=step_tokens, total_tokens=tokens, config=schedule):
@@ -189,6 +197,13 @@ def _warn_of_the_schedule(config: TrainConfig, state: TrainState) -> None:
             "optimizer.learning_rate=%g. Shorten them, or train longer.",
             f"{tokens:,}", f"{schedule.warmup_tokens:,}", f"{schedule.cooldown_tokens:,}",
             config.optimizer.learning_rate,
+        )  # fmt: skip
+    rows = tokens // config.model.context
+    if config.depth.ramp_rows > rows:
+        log.warning(
+            "the run's %s rows are fewer than depth.ramp_rows=%s: the mean depth never reaches "
+            "depth.mean=%d. Shorten the curriculum, or train longer.",
+            f"{rows:,}", f"{config.depth.ramp_rows:,}", config.depth.mean,
         )  # fmt: skip
 
 

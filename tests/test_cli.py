@@ -95,7 +95,7 @@ def test_help_shows_a_setting_with_its_value_and_meaning(tmp_path: Path) -> None
     assert not list(tmp_path.iterdir())
     wrong = run_cli(tmp_path, "evaluate", "--help", "evaluate.rws=7")
     assert wrong.returncode == 64
-    assert "Did you mean rows?" in wrong.stderr
+    assert "Did you mean evaluate.rows?" in wrong.stderr
 
 
 @pytest.mark.parametrize(
@@ -138,6 +138,7 @@ def test_the_console_shows_news_plainly_and_warnings_by_name(
 ) -> None:
     shutil.copytree(workspace, tmp_path / "here")
     few = ["run.steps=1", "validation.sample_tokens=99"]
+    few += ["depth.curriculum=linear", "depth.ramp_rows=1000"]
     done = run_cli(tmp_path / "here", "train", *SMALL, *few)
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
@@ -149,6 +150,8 @@ def test_the_console_shows_news_plainly_and_warnings_by_name(
         "WARNING pretrain.train: the run's 512 tokens are fewer than schedule.warmup_tokens=512"
     )
     assert any(line.startswith(too_short) for line in lines)
+    ramp = r"WARNING pretrain\.train: the run's \d+ rows are fewer than depth\.ramp_rows=1,000: "
+    assert any(re.match(ramp, line) for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -67,18 +67,29 @@ def test_huginn_has_every_published_value() -> None:
         ("+typo=1", "typo"),
         ("hydra.typo=1", "hydra.typo"),
         ("+hydra.run.typo=1", "hydra.run.typo"),
-        ("batch.micro_row=3", "Did you mean micro_rows"),
+        ("batch.micro_row=3", "Did you mean batch.micro_rows?"),
+        ("micro_rows=3", "Did you mean batch.micro_rows?"),
+        ("steps=3", "Did you mean run.steps?"),
+        ("optimizer.lr=3", "optimizer has name, learning_rate, weight_decay"),
+        ("lr=3", "--help shows every key"),
+        ("data.sources.code.path=x", "Did you mean data.sources.code.paths?"),
         ("data.sources.code.wieght=3", "wieght"),
         ("optimizer.epsilon=1e-8", "epsilon"),
         ("batch.global_tokens=many", "batch.global_tokens: Value 'many'"),
         ("run.steps=[1]", "run.steps"),
+        ("schedule.warmup_tokens=2e9", "write schedule.warmup_tokens=2_000_000_000."),
         ("model=huge", "model=huge: model is one of addition, huginn-100m, huginn-3.5b, tiny."),
         ("optimizer=adam", "one of adamw, ellis-adam, ellis-adam-tiny. Did you mean adamw?"),
         ("checkpoint.tags.best=5", "'+checkpoint.tags={best: ...}' adds it"),
         ("+data.sources.mine.weight=1", "'+GROUP={NAME: {KEY: VALUE}}'"),
         (
             "validation.depths=4",
-            "validation.depths takes a list, such as validation.depths='[1,2]'",
+            "validation.depths takes a list: validation.depths='[4]'.",
+        ),
+        (
+            "optimizer.learning_rate=1e-3,2e-3",
+            "A list: optimizer.learning_rate='[1e-3,2e-3]'; a text: "
+            "optimizer.learning_rate='\"1e-3,2e-3\"'; a sweep: add --multirun.",
         ),
         ("engine.precision=fp8", "bf16, fp32"),
         ("model.context=256 batch.global_tokens=8191", "Nearest: 7936 (31 rows) or 8192 (32 rows)"),
@@ -113,7 +124,7 @@ def test_mistakes_are_refused_by_name(override: str, said: str) -> None:
     ("text", "said"),
     [
         ("run:\n  name: mine\n", r"first line `# @package _global_`"),
-        ("# @package _global_\nrun:\n  nme: mine\n", r"Did you mean name\?"),
+        ("# @package _global_\nrun:\n  nme: mine\n", r"Did you mean run\.name\?"),
         ("# @package _global_\nrun:\n name: mine\n  x: 3\n", r"no YAML: .*mine\.yaml\", line 4"),
         ("# @package _global_\ndefaults:\n  - override depth: fixed\n", r"override /depth\."),
         ("# @package _global_\ndefaults:\n  - override /depth: fxed\n", r"Did you mean fixed\?"),
@@ -192,8 +203,25 @@ def test_another_model_in_the_folder_is_refused(tmp_path: Path) -> None:
     write_frozen(old, tmp_path)
     new = load("train", ["model=tiny", folder])
     assert differences(old, new) == {"model.width": (64, new.model.width)}
-    with pytest.raises(ConfigError, match=r"model\.width: 64 in the run folder"):
+    with pytest.raises(ConfigError, match=r"(?s)model\.width: 64 in the run folder.*remove it\."):
         check_resumable(thaw(tmp_path), new)
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"started with\.$"):
+        check_resumable(thaw(tmp_path), new)
+
+
+def test_other_sources_are_refused_in_one_line(tmp_path: Path) -> None:
+    folder = f"run.dir={tmp_path}"
+    old = load("train", ["data=files", "data.root=texts", folder])
+    with pytest.raises(ConfigError) as caught:
+        check_resumable(old, load("train", ["depth=fixed", folder]))
+    assert "  data.sources: none in the run folder, code, prose, " in str(caught.value)
+    assert "weight" not in str(caught.value)
+
+
+def test_a_name_where_a_folder_is_needed_is_explained() -> None:
+    with pytest.raises(ConfigError, match=r"takes a run's folder: run\.dir=out/runs/NAME\."):
+        load("evaluate", ["run.name=tiny"])
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:

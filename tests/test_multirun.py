@@ -50,6 +50,9 @@ def test_plans_are_swept_and_the_worst_exit_code_counts(tmp_path: Path) -> None:
     assert done.returncode == 64
     assert "batch.micro_rows=3" in done.stderr
     assert done.stdout.count("Expected speed") == 1
+    last = done.stderr.splitlines()[-1]
+    assert "1 of 2 jobs failed: job 1 with 64 (" in last
+    assert "batch.micro_rows=3)" in last
 
 
 @pytest.mark.slow  # two whole starts; the other tests cover all but the training

@@ -237,6 +237,24 @@ def test_advice_names_a_better_interval_between_saves_where_it_is_worth_a_per_ce
     assert advice(plan_of(*HUGINN, often, f"checkpoint.every_steps={best}")) == []
 
 
+def test_advice_names_a_validation_that_takes_long():
+    one_card = [*HUGINN, "cluster.nodes=1", "cluster.gpus_per_node=1"]
+    short = [*one_card, "batch.global_tokens=131_072", "run.tokens=null", "run.steps=100"]
+    plan = plan_of(*short)
+    assert plan.estimate.validating > 0.5
+    (said,) = advice(plan)
+    assert f"Validation takes {plan.estimate.validating:.1%}" in said
+    assert "validation.rows=4096" in said
+    assert advice(plan_of(*short, "validation.rows=32")) == []
+
+
+def test_short_runs_and_the_half_of_a_large_batch_are_shown(capsys):
+    main(load("train", ["batch.global_tokens=8192", "batch.micro_rows=64"]))
+    output = capsys.readouterr().out
+    assert re.search(r"whole run +│ [\d.]+ minutes", output)
+    assert re.search(r"x 4 ┃ +x 32 ┃ +x 64", output)
+
+
 @pytest.mark.parametrize(
     ("setting", "wrong"),
     [("nodes", "0"), ("gpu_flops", "0"), ("utilization", "1.5"), ("gpu_memory_bytes", "-1")],

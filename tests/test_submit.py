@@ -63,6 +63,7 @@ def test_a_dry_run_shows_plan_script_and_command_and_writes_nothing(tmp_path: Pa
         "and 2 more, each behind the one before",
     ):
         assert said in done.stdout
+    assert "shards/manifest.json is not there yet" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -79,8 +80,8 @@ def test_the_shown_command_names_the_commit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["model.widht=3"], "Did you mean width?"),
-        (["cluster.partitoin=gpu"], "Did you mean partition?"),
+        (["model.widht=3"], "Did you mean model.width?"),
+        (["cluster.partitoin=gpu"], "Did you mean cluster.partition?"),
         (["cluster.nodes=3"], "batch.global_tokens"),
         (["cluster.time=1", "cluster.grace_s=60"], "is not below cluster.time=1"),
         (["submit.chain=0"], "submit.chain=0 must be at least 1"),

@@ -99,6 +99,9 @@ def test_evaluate_and_generate_read_the_run(workspace: Path, finished: Path) -> 
     assert done.returncode == 0, done.stderr
     result = json.loads((finished / "evaluation/step-0000000006.json").read_text())
     assert result["validation/loss_nats"] == pytest.approx(read_validations(finished)[6], rel=1e-5)
+    missing = run_cli(workspace, "evaluate", f"run.dir={finished}", "evaluate.step=7")
+    assert missing.returncode == 65
+    assert "has no checkpoint of step 7; it has 6, " in missing.stderr
     arguments = ["generate", f"run.dir={finished}", "generate.prompt='12 + 30 ='",
                  "generate.max_new_tokens=8", "generate.num_steps=4"]  # fmt: skip
     first, second = run_cli(workspace, *arguments), run_cli(workspace, *arguments)
@@ -162,6 +165,8 @@ def test_a_signal_saves_and_asks_to_be_requeued(
     newest = (run_dir / "checkpoints/latest").read_text().strip()
     assert newest == f"step-{record['step']:010d}"
     assert max(read_steps(run_dir)) == record["step"]
+    log = (run_dir / "logs/rank-00000.log").read_text().strip()
+    assert log.endswith(f"to go on: pretrain train run.dir=out/runs/{name}")
     assert not (run_dir / "lock.json").exists()
 
 
@@ -211,6 +216,11 @@ def test_a_run_is_not_read_with_other_shards(finished: Path, tmp_path: Path) -> 
         assert done.returncode == 65
         assert "The run has trained on data" in done.stderr
         assert "Traceback" not in done.stderr
+    (tmp_path / "out/data").rename(tmp_path / "out/elsewhere")
+    done = run_cli(tmp_path, "evaluate", "run.dir=out/runs/whole")
+    assert done.returncode == 65
+    assert "which is not here" in done.stderr
+    assert "into out/runs/whole/config.yaml" in done.stderr
 
 
 BAD = [

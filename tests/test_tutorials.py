@@ -137,6 +137,21 @@ def test_the_memory_of_a_tutorial_is_what_a_plan_expects() -> None:
             assert f"{total / GIB:.1f}" == size, (row[0], micro_rows)
 
 
+def test_the_memory_of_the_first_questions_is_what_a_plan_expects() -> None:
+    text = (ROOT / "docs/questions.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(experiment=\S+)` \| (\d) \| (\S+) GiB \| (\S+) GiB \|$", text, re.M)
+    assert len(rows) == 2
+    alone = ["cluster.nodes=1", "cluster.gpus_per_node=1"]
+    for experiment, micro_rows, kept, recomputed in rows:
+        for size, is_recomputed in ((kept, "false"), (recomputed, "true")):
+            cut = [
+                f"batch.micro_rows={micro_rows}",
+                f"engine.checkpoint_activations={is_recomputed}",
+            ]
+            total = make_plan(load("train", [experiment, *alone, *cut])).memory.total
+            assert f"{total / GIB:.1f}" == size, (experiment, size)
+
+
 def test_the_tutorial_about_reports_names_what_a_report_has() -> None:
     page = (TUTORIALS / "read-a-report.md").read_text(encoding="utf-8")
     sources = "".join(path.read_text() for path in (ROOT / "pretrain/reporting").glob("*.py"))

@@ -72,10 +72,17 @@ def source_weights(config: DataConfig, manifest: Manifest) -> dict[str, float]:
     built = {source.name: source for source in manifest.sources}
     if config.sources and set(config.sources) != set(built):
         unknown, unnamed = set(config.sources) - set(built), set(built) - set(config.sources)
+        corpus = manifest.settings.get("data.corpus", config.corpus.value)
+        remedy = "Give a source that is not to be read the weight 0."
+        if corpus != config.corpus.value:
+            remedy = (
+                f"They were built with data.corpus={corpus}, and it is {config.corpus.value} here: "
+                "choose the same data=..., or another data.name."
+            )
         raise ConfigError(
             f"data.sources and the shards at {config.shards} differ: "
             f"only configured: {sorted(unknown) or 'none'}, only built: "
-            f"{sorted(unnamed) or 'none'}. Give a source that is not to be read the weight 0."
+            f"{sorted(unnamed) or 'none'}. {remedy}"
         )
     weights = {
         name: config.sources[name].weight if config.sources else source.weight

@@ -205,7 +205,8 @@ def main(config: TrainConfig) -> None:
         is_adopted = "settings" not in info
         if not is_adopted:
             _check_settings(settings, info["settings"], folder)
-        made = "adopted with the weights" if is_adopted else "trained before"
+        trained = "trained before; for other text choose another tokenizer.path or data.name"
+        made = "adopted with the weights" if is_adopted else trained
         print(f"tokenizer {folder}: {tokenizer.vocabulary_size} pieces, {made}")
         return
     model, sample = train(config.tokenizer, config.data)

@@ -148,10 +148,11 @@ def train(config: TokenizerConfig, data: DataConfig) -> tuple[bytes, Sample]:
     sample = Sample(data, train_bytes(config))
     learned = config.vocabulary_size - RESERVED
     buffer = io.BytesIO()
+    stopped: list[BaseException] = []
     with _learning_progress(sample):
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=sample.chunks(),
+                sentence_iterator=_keep_error(sample.chunks(), stopped),
                 model_writer=buffer,
                 vocab_size=learned,
                 character_coverage=config.character_coverage,
@@ -159,6 +160,9 @@ def train(config: TokenizerConfig, data: DataConfig) -> tuple[bytes, Sample]:
                 **TRAINER,
             )
         except RuntimeError as error:
+            if stopped:
+                # the trainer would bury what is wrong with the text, or Ctrl-C, in words of its own
+                raise stopped[0] from None
             raise _training_error(error, sample, config) from error
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(buffer.getvalue())
@@ -189,6 +193,15 @@ TRAINER: dict[str, Any] = {
     "minloglevel": 2,
 }
 """What every tokenizer of ours has in common."""
+
+
+def _keep_error(chunks: Iterator[str], stopped: list[BaseException]) -> Iterator[str]:
+    """The chunks; what ends them early goes into `stopped` too."""
+    try:
+        yield from chunks
+    except BaseException as error:
+        stopped.append(error)
+        raise
 
 
 def _training_error(error: RuntimeError, sample: Sample, config: TokenizerConfig) -> DataError:

@@ -70,6 +70,19 @@ def write_sweep(folder: Path, points: Sequence[Point]) -> None:
     temporary.replace(folder / _FILE)
 
 
+def check_sweep_folder(folder: Path, points: Sequence[Point]) -> None:
+    """Raise ConfigError if sweep.json has runs that it would no longer have with these points."""
+    if not (folder / _FILE).is_file():
+        return
+    gone = {point.run_dir for point in read_sweep(folder)} - {point.run_dir for point in points}
+    if gone:
+        raise ConfigError(
+            f"submit.sweep_dir={folder} lists {len(gone)} runs that are not among these, such as "
+            f"{min(gone)}. Choose another submit.sweep_dir, or sweep over those too: runs that "
+            "have a job or all their steps are left alone."
+        )
+
+
 def read_sweep(folder: Path) -> list[Point]:
     """The runs of a sweep. Raises ConfigError if the folder has none, or its file is damaged."""
     path = folder / _FILE

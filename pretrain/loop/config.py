@@ -231,6 +231,8 @@ class GenerateOptions:
     """Draft tokens with so many iterations and verify them side by side: the same text."""
     lookahead: int
     """Tokens to draft before they are verified."""
+    step: int | None = None
+    """Which checkpoint; null: the newest."""
 
     def __post_init__(self) -> None:
         if self.top_k < 0:

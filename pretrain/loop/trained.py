@@ -16,7 +16,7 @@ from pretrain.engine.checkpoint import (
     whole_checkpoint,
 )
 from pretrain.engine.config import Precision
-from pretrain.errors import CheckpointError
+from pretrain.errors import CheckpointError, DataError
 from pretrain.loop.state import check_same_tokenizer
 from pretrain.model.recurrent import RecurrentModel
 
@@ -65,6 +65,18 @@ def load_trained(
         model.digit_embedding.tell_digits(find_digits(config, of=state))
     number = int(newest.name.removeprefix("step-"))
     return Trained(config, model.eval(), number, dtype, state, newest)
+
+
+def check_is_here(run_dir: str | Path, key: str, folder: str) -> None:
+    """Raise DataError if the folder that a run's setting names is not on this machine.
+
+    Commands that read a run take no settings of it, so the remedy is its config.yaml.
+    """
+    if "://" not in folder and not Path(folder).is_dir():
+        raise DataError(
+            f"{run_dir} was trained with {key}={folder}, which is not here. Copy it here, or write "
+            f"where it is into {Path(run_dir) / 'config.yaml'}; it is known by its hash."
+        )
 
 
 def find_digits(config: TrainConfig, *, of: dict[str, Any] | None = None) -> tuple[int, ...]:

@@ -84,6 +84,8 @@ class _Masked:
 
 def _start_run(start: dict[str, Any], reports: TextIO) -> wandb.Run:
     """An online run if asked for and possible, else an offline one."""
+    # It is in start["mode"] already, and W&B refuses one that it cannot read, even if empty.
+    os.environ.pop("WANDB_MODE", None)
     if start["mode"] == "online":
         try:
             run = _init(start, "online")

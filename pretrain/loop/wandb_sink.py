@@ -55,7 +55,8 @@ def choose_mode(config: LoggingConfig) -> str:
     """online, offline or disabled: what the configuration, W&B's own WANDB_MODE and keys allow."""
     if config.wandb is not WandbMode.auto:
         return str(config.wandb.value)
-    wish = os.environ.get("WANDB_MODE", "online")
+    # a variable that a script leaves empty is no wish
+    wish = os.environ.get("WANDB_MODE") or "online"
     return wish if wish != "online" or _has_key() else "offline"
 
 

@@ -40,6 +40,8 @@ class EvaluateOptions:
     """Depths to measure: likelihoods of all in one pass, text once for each."""
     rows: int
     """Rows of the valid split to use."""
+    step: int | None = None
+    """Which checkpoint; null: the newest."""
     tasks: list[str] = field(default_factory=list)
     """Files of items (JSON lines); none: the held-out loss."""
     items: int | None = None

@@ -1,6 +1,8 @@
 """What tasks gave, as files, a table and a picture: scores against depth with standard errors."""
 
+import itertools
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from rich.table import Table
 
 from pretrain.tasks.records import Kind
 from pretrain.tasks.scores import Outcome, Score
+
+log = logging.getLogger(__name__)
 
 _WIDEST = 1_000
 
@@ -34,9 +38,23 @@ def write(folder: Path, outcome: Outcome, step: int) -> None:
     """TASK.jsonl, one line an item, and TASK.json, the scores; each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(item, ensure_ascii=False) for item in outcome.items]
-    _replace(folder / f"{outcome.name}.jsonl", "\n".join(lines) + "\n")
+    replace_result(folder / f"{outcome.name}.jsonl", "\n".join(lines) + "\n")
     summary = {"step": step, **outcome.summary()}
-    _replace(folder / f"{outcome.name}.json", json.dumps(summary, indent=1) + "\n")
+    replace_result(folder / f"{outcome.name}.json", json.dumps(summary, indent=1) + "\n")
+
+
+def replace_result(path: Path, text: str) -> None:
+    """Write a result, whole or not at all; another one that was there goes to `earlier/`."""
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        folder = path.parent / "earlier"
+        folder.mkdir(exist_ok=True)
+        names = (f"{path.stem}-{number}{path.suffix}" for number in itertools.count(1))
+        kept = next(folder / name for name in names if not (folder / name).exists())
+        path.rename(kept)
+        log.info("what was in %s is now %s", path, kept)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def plot(path: Path, outcomes: Sequence[Outcome], title: str) -> Path:
@@ -87,9 +105,3 @@ def _finish(axes: Axes, depths: Sequence[int]) -> None:
 
 def _cell(score: Score) -> str:
     return f"{score.value:.3f}" if score.error is None else f"{score.value:.3f} ± {score.error:.3f}"
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

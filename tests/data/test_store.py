@@ -1,11 +1,12 @@
 """Which shards a configuration may read, and how much of each source."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pretrain.data import store
-from pretrain.data.config import SourceConfig
+from pretrain.data.config import Corpus, SourceConfig
 from pretrain.data.manifest import read_manifest
 from pretrain.data.store import (
     ShardStore,
@@ -38,7 +39,11 @@ def test_configured_weights_go_before_those_of_the_build(make_shards):
 def test_sources_that_differ_from_the_shards_are_named(make_shards):
     config, manifest = opened(make_shards({"a": (60, 1.0), "b": (20, 1.0)}))
     config.sources = {"a": SourceConfig(weight=1.0), "c": SourceConfig(weight=1.0)}
-    with pytest.raises(ConfigError, match=r"only configured: \['c'\], only built: \['b'\]"):
+    with pytest.raises(ConfigError, match=r"only configured: \['c'\], only built: \['b'\]. Give"):
+        source_weights(config, manifest)
+    config.corpus = Corpus.embedded
+    manifest = replace(manifest, settings={"data.corpus": "files"})
+    with pytest.raises(ConfigError, match=r"data\.corpus=files, and it is embedded here: choose"):
         source_weights(config, manifest)
 
 

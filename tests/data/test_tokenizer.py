@@ -194,6 +194,14 @@ def test_a_corpus_of_empty_documents_is_refused(tmp_path: Path) -> None:
         train(config.tokenizer, config.data)
 
 
+def test_a_record_without_text_is_named_and_nothing_else_said(tmp_path: Path) -> None:
+    config = command_config(tmp_path)
+    (tmp_path / "raw/a.jsonl").write_text('{"text": "hello"}\n' * 9 + '{"body": "x"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl, line 10: has no 'text'") as error:
+        train(config.tokenizer, config.data)
+    assert "SentencePiece" not in str(error.value)
+
+
 def test_the_sample_follows_the_weights(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

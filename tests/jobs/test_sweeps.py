@@ -12,7 +12,15 @@ from pretrain.errors import ConfigError
 from pretrain.jobs import sweeps
 from pretrain.jobs.progress import read_progress
 from pretrain.jobs.queue import Queued
-from pretrain.jobs.sweeps import Point, State, read_sweep, report, swept_values, write_sweep
+from pretrain.jobs.sweeps import (
+    Point,
+    State,
+    check_sweep_folder,
+    read_sweep,
+    report,
+    swept_values,
+    write_sweep,
+)
 from pretrain.loop.metrics import MetricLog
 from pretrain.loop.state import TrainState
 
@@ -47,6 +55,10 @@ def test_a_sweep_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert read_sweep(tmp_path / "sweep") == points
     with pytest.raises(ConfigError, match=r"has no sweep\.json"):
         read_sweep(tmp_path)
+    check_sweep_folder(tmp_path / "sweep", points)
+    check_sweep_folder(tmp_path, points[:1])
+    with pytest.raises(ConfigError, match=r"lists 1 runs that are not among these, such as /c"):
+        check_sweep_folder(tmp_path / "sweep", points[:-1])
 
 
 def test_progress_is_that_of_the_newest_whole_checkpoint(tmp_path: Path) -> None:

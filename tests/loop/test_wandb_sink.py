@@ -172,6 +172,16 @@ def test_auto_is_online_only_with_a_key(tmp_path, monkeypatch, caplog):
     assert choose_mode(auto) == "disabled"
 
 
+def test_an_empty_mode_in_the_environment_is_none(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("WANDB_MODE", "")
+    assert choose_mode(LoggingConfig(wandb=WandbMode.auto)) == "offline"
+    sink = start(tmp_path, WandbMode.auto)
+    sink.send(message(record(1)))
+    sink.close()
+    assert [m for m in wandb_records(tmp_path) if m.HasField("history")]
+    assert warnings(caplog) == []
+
+
 def warnings(caplog):
     return [entry.message for entry in caplog.records if entry.levelno >= logging.WARNING]
 

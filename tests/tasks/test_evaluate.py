@@ -31,6 +31,7 @@ from pretrain.tasks.config import EvaluateOptions
 from pretrain.tasks.likelihood import Subject, text_rows
 from pretrain.tasks.measure import measure
 from pretrain.tasks.records import read_task
+from pretrain.tasks.report import replace_result
 from pretrain.tasks.scores import Outcome
 from pretrain.testing import start_commands
 
@@ -446,3 +447,12 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(
     # there is no run at tmp_path, so that whoever looked for it would say so
     with pytest.raises(ConfigError, match=said):
         evaluate.main(compose(tmp_path, [task_files[name] for name in tasks], override))
+
+
+def test_a_result_takes_the_place_of_another_and_loses_none(tmp_path: Path) -> None:
+    path = tmp_path / "step-0000000006.json"
+    for text in ("first", "first", "second", "third"):
+        replace_result(path, text)
+    assert path.read_text() == "third"
+    earlier = {each.name: each.read_text() for each in (tmp_path / "earlier").iterdir()}
+    assert earlier == {"step-0000000006-1.json": "first", "step-0000000006-2.json": "second"}
