@@ -9,7 +9,7 @@ import datetime
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +45,10 @@ class StepResult(NamedTuple):
     """gradient/norm_PART before clipping, if asked for and finite."""
 
 
+def _nothing() -> None:
+    """Nobody asked."""
+
+
 class Engine:
     """A model under ZeRO: shards, gradient sums, master weights and the optimizer.
 
@@ -75,6 +79,9 @@ class Engine:
         self.optimizer.layout = self.layout
         self._part_norms = PartNorms(self.optimizer, self.layout)
         self._gradient_clip = config.optimizer.gradient_clip
+        self.before_waiting: Callable[[], None] = _nothing
+        """Under ZeRO-1 in bf16 called at the end of a step's last backward pass, before this rank
+        waits in it for the others."""
         self._update = self._take_over(config.engine)
         self._check(names)
         if config.engine.precision is Precision.bf16:
@@ -145,6 +152,7 @@ class Engine:
         return take_over(
             self._engine.optimizer, self.optimizer, self.layout, config,
             rank=self.world.rank, clip=self._gradient_clip,
+            before_waiting=lambda: self.before_waiting(),
         )  # fmt: skip
 
     @contextlib.contextmanager

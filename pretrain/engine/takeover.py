@@ -16,6 +16,7 @@ is built.
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,6 +46,8 @@ class Zero1(BF16_Optimizer):
     update: Update
     early: EarlySums | None
     """None: all sums are reduced after the last backward pass, by DeepSpeed."""
+    before_waiting: Callable[[], None]
+    """Called when a step's passes have ended and this rank begins to wait for the others' sums."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -76,6 +79,7 @@ class Zero1(BF16_Optimizer):
     @torch.no_grad()
     def get_grads_for_reduction(self) -> Any:
         """Of the reduction over ranks: sums that no gradient has begun are zero."""
+        self.before_waiting()
         for totals, has_gradient in zip(
             self.fp32_groups_gradients, self.fp32_groups_has_gradients, strict=True
         ):
@@ -125,9 +129,12 @@ class Zero2(DeepSpeedZeroOptimizer):
 
 def take_over(
     zero: Any, optimizer: EllisAdam | AdamW, layout: Layout, config: EngineConfig,
-    *, rank: int, clip: float,
+    *, rank: int, clip: float, before_waiting: Callable[[], None],
 ) -> Update | None:  # fmt: skip
-    """Give `zero`, which DeepSpeed made, our step; None where DeepSpeed's own stays."""
+    """Give `zero`, which DeepSpeed made, our step; None where DeepSpeed's own stays.
+
+    `before_waiting`: Zero1's.
+    """
     if type(zero) is BF16_Optimizer and zero.immediate_grad_update:
         taken, partitions = Zero1, zero.bf16_partitioned_groups
     elif type(zero) is DeepSpeedZeroOptimizer and zero.dtype == torch.bfloat16:
@@ -150,6 +157,7 @@ def take_over(
         group = zero.real_dp_process_group[0]
         has_others = config.overlap_comm and dist.get_world_size(group) > 1
         zero.early = EarlySums(side, group) if has_others else None
+        zero.before_waiting = before_waiting
     else:
         zero.sums = sharded_sums(zero, layout, side, config.bucket_elements)
     # The object has hooks on every parameter by now; its class is what they look methods up in.

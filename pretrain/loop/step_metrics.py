@@ -74,10 +74,10 @@ def split_metrics(
 
     Those of the ranks' own passes (data, forward, backward) are means over ranks. time/wait_s is
     what these leave of the time until the ranks have met (`met_s`): waiting for the slowest, and
-    the meeting. Where gradients are summed over ranks inside of passes, waiting is there: in
-    time/backward_s of the last micro-step (ZeRO-1) or of each (ZeRO-2 and 3, 3 in time/forward_s
-    too). On GPUs ZeRO-2 with engine.overlap_comm waits in no pass: for the slowest rank in
-    time/wait_s, for its last sums in time/update_s.
+    the meeting. Where ranks wait inside of passes, it is there: under ZeRO-2 and 3 in
+    time/backward_s of each micro-step (3 in time/forward_s too), on CPUs with engine.overlap_comm
+    in that of ZeRO-1's last one. On GPUs ZeRO-2 with engine.overlap_comm waits for its last sums in
+    time/update_s.
     """
     own_s = data_s + forward_s + backward_s
     return {

@@ -7,6 +7,7 @@ number, so neither the ranks nor the accumulation nor padding weigh a token diff
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -71,6 +72,8 @@ class Session:
 
     def __post_init__(self) -> None:
         self.clock = PhaseClock(self.world.device)
+        # so that waiting is not taken for a backward pass
+        self.engine.before_waiting = partial(self.clock.enter, "reduce")
         self.peak = peak_flops(self.config, self.world.device)
 
     def enter(self, phase: str) -> None:
