@@ -8,6 +8,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -126,6 +127,18 @@ def encode_part(job: PartJob) -> PartRecord:
     return record
 
 
+def _end_with_parent() -> None:
+    """In a worker, which would wait for work forever if its parent were killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
 def encode_parts(jobs: list[PartJob], workers: int) -> Iterator[tuple[PartJob, PartRecord]]:
     """Tokenize parts in several processes (0: one per core); yields them as they finish."""
     workers = min(workers or os.cpu_count() or 1, len(jobs))
@@ -133,7 +146,8 @@ def encode_parts(jobs: list[PartJob], workers: int) -> Iterator[tuple[PartJob, P
         yield from ((job, encode_part(job)) for job in jobs)
         return
     # spawn: a fork would copy whatever threads and locks the caller has
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_end_with_parent)
     try:
         futures = {pool.submit(encode_part, job): job for job in jobs}
         for future in as_completed(futures):

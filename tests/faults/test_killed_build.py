@@ -1,6 +1,8 @@
 """A build that is killed at any moment is taken up again, and gives the same bytes."""
 
+import contextlib
 import hashlib
+import os
 import random
 import time
 from pathlib import Path
@@ -61,3 +63,18 @@ def test_kills_during_tokenizer_and_build_change_no_byte(workspace: Path, tmp_pa
         for name in ("tokenizer", "shards"):
             assert hashes(folder / name) == hashes(whole / name)
     assert killed >= KILLS
+    deadline = time.monotonic() + 30
+    while (left := who_writes_below(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == []
+
+
+def who_writes_below(folder: Path) -> list[str]:
+    """Processes whose output goes to a file there."""
+    found = []
+    for output in Path("/proc").glob("[0-9]*/fd/1"):
+        # what has ended meanwhile, and what is another's
+        with contextlib.suppress(OSError):
+            if Path(os.readlink(output)).is_relative_to(folder):
+                found.append(output.parts[2])
+    return found
