@@ -35,15 +35,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from arithmetic_plots import IMAGES, plot
+from measurements import RESULTS, card, commit
 from pretrain.compose import thaw
 from pretrain.data.addition import items as make_items
 from pretrain.data.config import DigitOrder
 from pretrain.errors import EXIT_FINISHED, EXIT_SAVED_ON_SIGNAL
 from reliability import steps as steps_of
-from step import RESULTS
 
 TABLES = {"lowest": "arithmetic.csv", "highest": "arithmetic-highest.csv"}
 DEPTHS = (1, 2, 4, 8, 16, 32, 64)
@@ -293,8 +291,8 @@ def write_rows(path: Path, runs: list[Run], options: Options) -> None:
         about = {
             "order": options.order, "run": run.name, "seed": run.seed,
             "trained_digits": options.digits, "steps": last, "tokens": record["tokens"],
-            "loss_nats": round(record["loss/nats"], 5), "device": device(),
-            "commit": os.environ.get("PRETRAIN_COMMIT", "unknown"),
+            "loss_nats": round(record["loss/nats"], 5), "device": card(),
+            "commit": commit(),
         }  # fmt: skip
         for file in sorted((run.folder / f"evaluation/step-{last:010d}").glob("length-*.json")):
             found = json.loads(file.read_text())
@@ -310,11 +308,6 @@ def write_rows(path: Path, runs: list[Run], options: Options) -> None:
         writer = csv.DictWriter(table, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-
-
-def device() -> str:
-    """What the runs ran on."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ is not made again, so a call that was cut off goes on. All other words are overr
 
 import csv
 import json
-import os
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
+from measurements import RESULTS, commit
 from reliability import records, train
-from step import RESULTS
 
 FOLDER = Path("out/convergence").absolute()
 STEPS, LAST = 500, 50
@@ -109,7 +108,7 @@ def compare(found: dict[tuple[str, int], list[dict[str, Any]]]) -> None:
                 max(abs(own[step] - wanted[step]) for step in range(1, last + 1)), 5
             ),
             "held_out": json.dumps(held_out[-1]["validation/loss_nats"]) if held_out else "",
-            "commit": os.environ.get("PRETRAIN_COMMIT", "unknown"),
+            "commit": commit(),
         })  # fmt: skip
     with (RESULTS / "convergence.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])

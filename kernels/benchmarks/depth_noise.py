@@ -9,7 +9,6 @@ the noise that a step of the run has. Rows go to learning-noise.csv below `resul
 those of the same run.
 """
 
-import os
 import statistics
 import sys
 import time
@@ -22,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learning_results import RESULTS, device, merge
+from learning_results import merge
+from measurements import RESULTS, card, commit
 from pretrain.config import TrainConfig
 from pretrain.data.loader import Batch, stream_batches
 from pretrain.loop.micro_batches import labels_of, micro_batches
@@ -101,8 +101,8 @@ def measure(trained: Trained, depth: DepthConfig, batches: list[Batch]) -> dict[
         "pass_s_deviation": round(statistics.stdev(seconds), 5),
         "work_per_row": round(statistics.mean(works), 3),
         "work_deviation": round(statistics.stdev(works), 4),
-        "draws": len(batches), "step_rows": rows, "step": trained.step, "device": device(),
-        "commit": os.environ.get("PRETRAIN_COMMIT", "unknown"),
+        "draws": len(batches), "step_rows": rows, "step": trained.step, "device": card(),
+        "commit": commit(),
     }  # fmt: skip
 
 

@@ -16,7 +16,6 @@ the run.
 
 import csv
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -28,11 +27,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from measurements import RESULTS, append, card, commit
 from pretrain.compose import load
 from pretrain.config import TrainConfig
 from pretrain.model.depth import Depth, step_depths
 from reliability import FOLDER, records, train
-from step import RESULTS, append, card
 
 PARTS = {
     "data_s": "data/wait_s", "forward_s": "time/forward_s", "backward_s": "time/backward_s",
@@ -245,7 +244,7 @@ def report(
            for name, key in PARTS.items()},
         "peak_bytes": taken[-1].get("memory/peak_bytes", ""),
         "cards": cards(setting.gpus), "gpu": card(), "torch": torch.__version__,
-        "commit": os.environ.get("PRETRAIN_COMMIT", "unknown"),
+        "commit": commit(),
     }  # fmt: skip
     share_of_one = against_one_gpu(results / "engine.csv", row)
     append(results / "engine.csv", row)

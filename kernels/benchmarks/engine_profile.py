@@ -24,13 +24,14 @@ from typing import Any
 
 import torch
 
+from measurements import RESULTS, append, commit
 from pretrain.compose import load
 from pretrain.engine.deepspeed import Engine
 from pretrain.engine.world import join, leave
 from pretrain.model.depth import Depth
 from pretrain.model.init import initialize
 from pretrain.model.recurrent import RecurrentModel
-from step import RESULTS, Step, append
+from step import Step
 from step_profile import profile_step
 
 REPEATS = 6
@@ -92,7 +93,7 @@ def record(what: dict[str, Any], depth: Depth, seconds: dict[str, float]) -> Non
         "no_grad": depth.no_grad, "with_grad": depth.with_grad,
         **{f"{name}_ms": round(1e3 * value, 2) for name, value in seconds.items()},
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "commit": os.environ.get("PRETRAIN_COMMIT", "unknown"),
+        "commit": commit(),
     }  # fmt: skip
     print(", ".join(f"{name}: {value}" for name, value in row.items()), flush=True)
     append(RESULTS / "engine-phases.csv", row)

@@ -9,7 +9,6 @@ the prompt and the capture of a graph). Without a GPU, tiny models: that only sh
 
 import csv
 import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 import yaml
 
+from measurements import RESULTS, commit, said
 from pretrain.model.config import ModelConfig
 from pretrain.model.decoding import Decoding, Exit, StateStart
 from pretrain.model.depth import Depth
@@ -34,7 +34,6 @@ from pretrain.model.sampling import choose
 from pretrain.model.speculative import speculate_rows
 
 ROOT = Path(__file__).parents[2]
-RESULTS = Path(__file__).parent / "results" / "generation.csv"
 COLUMNS = (
     "op", "shape", "dtype", "median_us", "p20", "p80", "tokens_per_s", "prompt_us", "peak_bytes",
     "gpu", "driver", "torch", "triton", "transformers", "commit",
@@ -267,13 +266,6 @@ def our_cells(model: RecurrentModel, plan: Plan) -> Iterator[tuple[str, Cell | N
 def environment(device: torch.device) -> dict[str, str]:
     """What a measurement depends on besides the code."""
 
-    def said(*command: str) -> str:
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except OSError:
-            return ""
-        return done.stdout.strip().split("\n")[0]
-
     def version(name: str) -> str:
         try:
             return str(__import__(name).__version__)
@@ -288,7 +280,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": version("triton"),
         "transformers": version("transformers"),
-        "commit": said("git", "-C", str(ROOT), "describe", "--always", "--dirty") or "unknown",
+        "commit": commit(),
     }
 
 
@@ -315,7 +307,7 @@ def as_row(shape: str, dtype: torch.dtype, cell: Cell | None) -> dict[str, str]:
     }
 
 
-def main(plan: Plan | None = None, results: Path = RESULTS) -> None:
+def main(plan: Plan | None = None, results: Path = RESULTS / "generation.csv") -> None:
     """Check, measure, print and keep."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plan = plan or (ON_GPU if device.type == "cuda" else ON_CPU)

@@ -22,8 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from learning_results import RESULTS, write_results
+from learning_results import write_results
 from learning_runs import Run, all_runs, is_fixed, named, overrides_of
+from measurements import RESULTS
 from pretrain.compose import load
 from pretrain.errors import EXIT_FINISHED, EXIT_SAVED_ON_SIGNAL
 from reliability import steps

@@ -16,8 +16,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from learning_results import RESULTS
 from learning_runs import DEEP_RATES, GROUPS, SEEDS
+from measurements import RESULTS
 from pretrain.loop.plots import smooth
 
 IMAGES = Path(__file__).parents[2] / "docs/images"

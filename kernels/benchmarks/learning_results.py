@@ -2,18 +2,19 @@
 
 import csv
 import json
-import os
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from measurements import card, commit
 from pretrain.compose import load
 from pretrain.config import TrainConfig
 from pretrain.model.cost import TokenFlops, count_parameters, mean_iterations
 from reliability import records
 
-RESULTS = Path(__file__).parent / "results"
 # the share of the steps, at the end, whose losses are averaged
 TAIL = 0.05
 
@@ -122,20 +123,6 @@ def summary(
         "held_out_at_own_depth": last["loss"],
         "skipped": steps[-1]["optimizer/skipped_updates"], "spikes": steps[-1]["loss/spikes"],
         "step_s_side_by_side": round(statistics.median(r["speed/step_s"] for r in steps), 4),
-        "peak_bytes": steps[-1].get("memory/peak_bytes", ""), "device": device(),
-        "torch": torch_version(), "commit": os.environ.get("PRETRAIN_COMMIT", "unknown"),
+        "peak_bytes": steps[-1].get("memory/peak_bytes", ""), "device": card(),
+        "torch": torch.__version__, "commit": commit(),
     }  # fmt: skip
-
-
-def device() -> str:
-    """What the runs had."""
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-
-
-def torch_version() -> str:
-    """Of the numbers."""
-    import torch
-
-    return torch.__version__

@@ -7,17 +7,16 @@ carry: bytes of the whole tensor x (n - 1) / n per pass over the ring, two passe
 over the median time.
 """
 
-import csv
 import os
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results" / "links.csv"
+from measurements import RESULTS, append, commit
+
 COLUMNS = ("collective", "bytes", "median_us", "bus_gb_per_s", "gpus", "gpu", "torch", "commit")
 SIZES = [1 << power for power in (16, 20, 24, 28, 30)]
 REPEATS = 20
@@ -70,14 +69,11 @@ def main() -> None:
         for name, (call, passes) in collectives(whole, gpus).items():
             passed_us = median_us(call)
             rate = passes * size * (gpus - 1) / gpus / passed_us / 1e3
-            commit = os.environ.get("PRETRAIN_COMMIT", "unknown")
-            identity = (torch.cuda.get_device_name(), torch.__version__, commit)
+            identity = (torch.cuda.get_device_name(), torch.__version__, commit())
             rows.append((name, size, round(passed_us, 1), round(rate, 2), gpus, *identity))
     if dist.get_rank() == 0:
-        is_new = not RESULTS.exists()
-        with RESULTS.open("a", newline="") as file:
-            csv.writer(file).writerows([COLUMNS, *rows] if is_new else rows)
         for row in rows:
+            append(RESULTS / "links.csv", dict(zip(COLUMNS, row, strict=True)))
             print(*row[:4])
     dist.destroy_process_group()
 

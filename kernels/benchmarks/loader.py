@@ -6,7 +6,6 @@ order of a run, verified against its checksums. What counts is the ratio of the 
     make bench        # or: python kernels/benchmarks/loader.py
 """
 
-import csv
 import dataclasses
 import hashlib
 import http.server
@@ -15,7 +14,6 @@ import logging
 import os
 import platform
 import shutil
-import subprocess
 import tempfile
 import threading
 import time
@@ -29,6 +27,7 @@ import numpy as np
 import torch
 import webdataset
 
+from measurements import RESULTS, append, commit
 from pretrain import __version__
 from pretrain.data.config import Corpus, DataConfig
 from pretrain.data.loader import stream_batches
@@ -48,16 +47,11 @@ CONTEXT = 4096
 ROWS_PER_STEP = 8
 SHARDS, MEMBERS_PER_SHARD, ROWS_PER_MEMBER = 4, 8, 64
 REPEATS = 15
-RESULTS = Path(__file__).parent / "results" / "loader.csv"
-NEEDS = RESULTS.with_name("loader-needs.csv")
+TABLE = RESULTS / "loader.csv"
 NEEDED = (
     ("huginn-3.5b", 4_800, "the boldest goal of the step on one H200"),
     ("huginn-100m", 100_000, "four times what the plain path does on one H200"),
 )
-COLUMNS = (
-    "op", "shape", "dtype", "median_us", "p20", "p80", "rows_per_s", "ratio", "ratio_p20",
-    "ratio_p80", "cpu", "python", "torch", "webdataset", "commit",
-)  # fmt: skip
 
 
 OTHERS = (
@@ -220,32 +214,24 @@ def time_http(config: DataConfig, folder: Path, rows: int) -> tuple[float, float
 def print_needs(us_per_row: float) -> None:
     """What presets need of a loader process beside what one delivers here, in tokens/s."""
     delivered = CONTEXT / us_per_row * 1e6
-    is_new = not NEEDS.exists()
-    with NEEDS.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if is_new:
-            writer.writerow(["preset", "needed_tokens_per_s", "delivered_tokens_per_s", "times",
-                             "why", "commit"])  # fmt: skip
-        for preset, needed, why in NEEDED:
-            times = delivered / needed
-            writer.writerow([preset, needed, f"{delivered:.0f}", f"{times:.0f}", why,
-                             environment()["commit"]])  # fmt: skip
-            print(f"{preset}: needs {needed:,} tokens/s of a rank ({why}); {times:,.0f} times that")
+    for preset, needed, why in NEEDED:
+        times = delivered / needed
+        append(RESULTS / "loader-needs.csv", {
+            "preset": preset, "needed_tokens_per_s": needed,
+            "delivered_tokens_per_s": f"{delivered:.0f}", "times": f"{times:.0f}", "why": why,
+            "commit": commit(),
+        })  # fmt: skip
+        print(f"{preset}: needs {needed:,} tokens/s of a rank ({why}); {times:,.0f} times that")
 
 
 def environment() -> dict[str, str]:
     """What a measurement depends on besides the code."""
-    root = Path(__file__).parents[2]
-    described = subprocess.run(
-        ["git", "-C", str(root), "describe", "--always", "--dirty"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
     return {
         "cpu": f"{platform.machine()} x{os.cpu_count()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "webdataset": webdataset.__version__,
-        "commit": described.stdout.strip() or "unknown",
+        "commit": commit(),
     }
 
 
@@ -255,28 +241,22 @@ def append_rows(measured: dict[str, list[float]]) -> None:
     Times alone say little on a CPU.
     """
     plain = list(measured.values())[1]
-    is_new = not RESULTS.exists()
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if is_new:
-            writer.writeheader()
-        for op, times_us in measured.items():
-            times = Quantiles.of(times_us)
-            ratio = Quantiles.of([b / a for a, b in zip(times_us, plain, strict=True)])
-            row = {
-                "op": op,
-                "shape": f"{ROWS_PER_STEP}x{CONTEXT + 1}",
-                "dtype": "uint16 to int64",
-                "median_us": f"{times.median:.2f}",
-                "p20": f"{times.p20:.2f}",
-                "p80": f"{times.p80:.2f}",
-                "rows_per_s": f"{1e6 / times.median:.0f}",
-                "ratio": f"{ratio.median:.3f}",
-                "ratio_p20": f"{ratio.p20:.3f}",
-                "ratio_p80": f"{ratio.p80:.3f}",
-            }
-            writer.writerow(row | environment())
+    for op, times_us in measured.items():
+        times = Quantiles.of(times_us)
+        ratio = Quantiles.of([b / a for a, b in zip(times_us, plain, strict=True)])
+        row = {
+            "op": op,
+            "shape": f"{ROWS_PER_STEP}x{CONTEXT + 1}",
+            "dtype": "uint16 to int64",
+            "median_us": f"{times.median:.2f}",
+            "p20": f"{times.p20:.2f}",
+            "p80": f"{times.p80:.2f}",
+            "rows_per_s": f"{1e6 / times.median:.0f}",
+            "ratio": f"{ratio.median:.3f}",
+            "ratio_p20": f"{ratio.p20:.3f}",
+            "ratio_p80": f"{ratio.p80:.3f}",
+        }
+        append(TABLE, row | environment())
 
 
 def main() -> None:
@@ -322,7 +302,7 @@ def main() -> None:
         f"stream_batches reads {ratio.median:.2f} times as many rows/s as webdataset with a row "
         f"per member (p20 {ratio.p20:.2f}, p80 {ratio.p80:.2f}, {REPEATS} repeats of {rows} rows)"
     )
-    print(f"appended to {os.path.relpath(RESULTS)}")
+    print(f"appended to {os.path.relpath(TABLE)}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import csv
 import logging
 import platform
 import secrets
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -24,13 +23,12 @@ import numpy as np
 import torch
 import torch._functorch.config
 
+from measurements import RESULTS, commit, said
 from micro_ops import attention, core, products, updates
 from micro_ops.case import HUGINN, Case
 from micro_ops.check import find_faults
 from micro_ops.clock import measure
 
-ROOT = Path(__file__).parents[2]
-RESULTS = Path(__file__).parent / "results" / "micro.csv"
 COLUMNS = (
     "op", "shape", "dtype", "provider", "median_us", "p20", "p80", "peak_bytes",
     "gb_per_s_or_tflops", "limit_share", "gpu", "driver", "torch", "triton", "commit",
@@ -79,7 +77,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", help="ops whose name contains this")
     parser.add_argument("--seconds", type=float, default=420, help="for the whole run")
     parser.add_argument("--seed", type=int, help="of the random inputs; default: a fresh one")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="CSV to append to")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS / "micro.csv", help="CSV to append to"
+    )
     return parser.parse_args(arguments)
 
 
@@ -145,13 +145,6 @@ def rows_of(
 def environment() -> dict[str, str]:
     """What a measurement depends on besides the code."""
 
-    def said(*command: str) -> str:
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except OSError:
-            return ""
-        return done.stdout.strip().split("\n")[0]
-
     try:
         import triton
 
@@ -163,7 +156,7 @@ def environment() -> dict[str, str]:
         "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "torch": torch.__version__,
         "triton": version,
-        "commit": said("git", "-C", str(ROOT), "describe", "--always", "--dirty") or "unknown",
+        "commit": commit(),
     }
 
 

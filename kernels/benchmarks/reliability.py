@@ -9,7 +9,6 @@ and on several: `zero`, ZeRO 1, 2 and 3 against one GPU; `elastic`, a run that i
 under other stages on fewer of them. Overrides are given to every run.
 """
 
-import csv
 import json
 import os
 import shutil
@@ -23,9 +22,9 @@ from typing import Any
 
 import torch
 
+from measurements import RESULTS, append, card, commit
+
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = Path(__file__).parent / "results" / "reliability.csv"
-COLUMNS = ("part", "what", "value", "unit", "gpus", "gpu", "torch", "commit")
 FOLDER = Path("out/reliability")
 SMALL = [
     "experiment=huginn-100m", "batch.global_tokens=65536", "batch.micro_rows=4",
@@ -43,14 +42,11 @@ LARGE = [
 
 def report(part: str, what: str, value: Any, unit: str, gpus: int = 1) -> None:
     """One row."""
-    is_new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if is_new:
-            writer.writerow(COLUMNS)
-        commit = os.environ.get("PRETRAIN_COMMIT", "unknown")
-        name = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-        writer.writerow([part, what, value, unit, gpus, name, torch.__version__, commit])
+    row = {
+        "part": part, "what": what, "value": value, "unit": unit, "gpus": gpus, "gpu": card(),
+        "torch": torch.__version__, "commit": commit(),
+    }  # fmt: skip
+    append(RESULTS / "reliability.csv", row)
     print(f"{part}: {what}: {value} {unit}", flush=True)
 
 

@@ -17,7 +17,6 @@ does not count for or against a kernel. Those rows go to results/ablation.csv.
 step, which share the float8 copies of the first (fixed_weights). Rows go to results/held.csv.
 """
 
-import csv
 import dataclasses
 import gc
 import os
@@ -31,6 +30,7 @@ from typing import Any
 
 import torch
 
+from measurements import RESULTS, append, card, commit
 from pretrain.compose import load
 from pretrain.model.config import ComputePath, ModelConfig, ProductPrecision
 from pretrain.model.cost import TokenFlops
@@ -42,7 +42,6 @@ from pretrain_kernels.dispatch import OFF, switched_off
 from step_parity import check_path, compare_prefix
 from step_profile import profile_step
 
-RESULTS = Path(__file__).parent / "results"
 PRECISIONS = {"": "bf16", "fp8": "fp8-prefix", "fp8-all": "fp8"}
 PEAK_FLOPS = 989.4e12
 """Datasheet, dense bf16, of H100 SXM and H200."""
@@ -301,7 +300,7 @@ def measure(
         "tokens_per_s_per_gpu": round(rate, 1), "sustained_s": round(sum(times), 1),
         "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
         "gpu": card(), "torch": torch.__version__,
-        "commit": os.environ.get("PRETRAIN_COMMIT", "unknown"),
+        "commit": commit(),
         "no_grad": depth.no_grad, "with_grad": depth.with_grad,
         "kept_iterations": "" if model.kept_iterations is None else model.kept_iterations,
         "first_second_tokens_per_s": round(tokens / statistics.mean(early), 1),
@@ -328,24 +327,6 @@ def tidy() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def card() -> str:
-    """The name of the GPU, or cpu."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    """One row of a CSV file, in the order of its first line; a new file begins with the names."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", newline="") as file:
-        file.seek(0)
-        columns = next(csv.reader(file), None)
-        file.seek(0, os.SEEK_END)
-        writer = csv.DictWriter(file, columns or list(row))
-        if columns is None:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 if __name__ == "__main__":

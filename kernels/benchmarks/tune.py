@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from measurements import RESULTS
 from micro import NO_GPU, all_cases, environment
 from micro_ops import products
 from micro_ops.case import Case, Inputs, Outputs, Prepare, Run
@@ -28,7 +29,6 @@ from micro_ops.check import find_faults
 from micro_ops.clock import measure
 from pretrain_kernels.spans import SPAN_ELEMENTS
 
-RESULTS = Path(__file__).parent / "results" / "tune.csv"
 COLUMNS = (
     "op", "shape", "constants", "in_use", "median_us", "p20", "p80", "limit_share", "gpu",
     "driver", "torch", "triton", "commit",
@@ -99,7 +99,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, print and keep. 0, or NO_GPU."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", help="ops whose name contains this")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="CSV to append to")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS / "tune.csv", help="CSV to append to"
+    )
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         sys.stderr.write("tune.py measures kernels and needs a CUDA GPU; torch sees none.\n")
