@@ -164,6 +164,39 @@ class TestMicro:
             wrong = replace(isolated, providers={"FA2": causal.providers["FA2"]})
             assert "output 0 is off" in find_faults(wrong, torch.device("cpu"))["FA2"]
 
+    def test_a_case_that_fails_is_red_and_the_others_go_on(self, monkeypatch):
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        micro = importlib.import_module("micro")
+        monkeypatch.setattr(micro, "environment", dict)
+        measured = []
+
+        def rows_of(case, best, device, seconds):
+            if case.op == "swiglu":
+                raise RuntimeError("Offset increment outside graph capture\nand more")
+            if case.op == "swiglu backward":
+                raise torch.OutOfMemoryError("tried to allocate 200 GiB")
+            measured.append(case.op)
+            yield dict.fromkeys(micro.COLUMNS, "")
+
+        monkeypatch.setattr(micro, "rows_of", rows_of)
+        found = [row for row in micro.rows("swiglu", 60, torch.device("cpu")) if "fault" in row]
+        assert [(row["op"], row["provider"]) for row in found] == [
+            ("swiglu", "ours"), ("swiglu backward", "all"),
+        ]  # fmt: skip
+        assert found[0]["fault"] == "not measured: Offset increment outside graph capture"
+        assert "swiglu fp8" in measured
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    def test_random_numbers_go_on_after_a_capture_that_failed(self, monkeypatch):
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        clock = importlib.import_module("micro_ops.clock")
+        with torch.cuda.stream(torch.cuda.Stream()):
+            # reads a number on the host, which no graph can hold
+            again = clock.repeater("sum", [lambda: torch.randn(4, device="cuda").sum().item()])
+            assert len({*again(), *again()}) == 2
+            assert torch.randn(4, device="cuda").isfinite().all()
+
     def test_without_a_gpu_it_says_so(self):
         done = subprocess.run(
             [sys.executable, BENCHMARKS / "micro.py"],

@@ -105,9 +105,11 @@ def rows(only: str, seconds: float, device: torch.device) -> Iterator[dict[str, 
         try:
             for row in rows_of(case, best, device, seconds_a_case):
                 yield row if "fault" in row else row | about
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            # of a card that is too small nothing of ours is wrong
+            at_fault = "all" if isinstance(error, torch.OutOfMemoryError) else "ours"
             reason = f"not measured: {str(error).splitlines()[0]}"
-            yield {"op": case.op, "shape": case.shape, "provider": "all", "fault": reason}
+            yield {"op": case.op, "shape": case.shape, "provider": at_fault, "fault": reason}
         torch._dynamo.reset()
         torch.cuda.empty_cache()
 

@@ -54,6 +54,7 @@ def repeater(name: str, runs: list[Run]) -> Callable[[], object]:
             "%s: no CUDA graph (%s); timed call by call", name, str(error).split("\n")[0]
         )
         torch.cuda.synchronize()
+        end_capture_of_random_numbers()
         return lambda: [run() for run in runs]
 
     def replay() -> object:
@@ -62,6 +63,18 @@ def repeater(name: str, runs: list[Run]) -> Callable[[], object]:
         return runs, kept
 
     return replay
+
+
+def end_capture_of_random_numbers() -> None:
+    """After a capture that failed.
+
+    The state of the generator belongs to that graph for good and refuses calls outside of it; a
+    new state, of another seed, does not.
+    """
+    fresh = torch.Generator("cuda")
+    fresh.manual_seed(torch.cuda.initial_seed() + 1)
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    generator.graphsafe_set_state(fresh.graphsafe_get_state())
 
 
 def measure(
