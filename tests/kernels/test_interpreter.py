@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="triton is not installed")
     ("name", "marker", "least"),
     [
         ("test_fused.py", "", 75),
+        ("test_nan.py", "not gpu", 130),
         ("test_linear_cross_entropy.py", "gpu", 13),
         ("test_optimizer_kernels.py", "gpu", 24),
     ],
