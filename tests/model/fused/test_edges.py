@@ -77,6 +77,22 @@ def test_a_layer_takes_any_strides():
     assert (results[1] - results[0]).norm() < PATHS.TOLERANCE * results[0].norm()
 
 
+def test_rows_may_have_one_token():
+    plain, fused = PATHS.models(context=1)
+    inputs, depths = PATHS.batch(3, context=1), [Depth(1, 2), Depth(0, 1), Depth(2, 1)]
+    assert not inputs["labels"].flatten().is_contiguous()
+    wanted_loss, wanted = PATHS.gradients(plain, inputs, depths)
+    loss, found = PATHS.gradients(fused, inputs, depths)
+    torch.testing.assert_close(loss, wanted_loss, rtol=PATHS.TOLERANCE, atol=0)
+    # a token that sees itself alone: attention's output is its value, whatever the query and key
+    for name, gradient in wanted.items():
+        assert (found[name] - gradient).norm() <= PATHS.TOLERANCE * wanted_norm(wanted), name
+
+
+def wanted_norm(gradients):
+    return torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
+
+
 def test_writing_to_what_the_backward_pass_needs_is_noticed():
     _, fused = PATHS.models()
     layer, inputs = fused.prelude[0], PATHS.batch(2)
