@@ -33,7 +33,14 @@ ON_GPU = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
-DEVICES = ["cpu", pytest.param("cuda", marks=ON_GPU)]
+# the second GPU while the first one is current
+BESIDE = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+DEVICES = [
+    "cpu", pytest.param("cuda", marks=ON_GPU), pytest.param("cuda:1", marks=BESIDE)
+]  # fmt: skip
 Tensors = dict[str, Tensor]
 
 
@@ -204,11 +211,10 @@ def _parts(given: Any) -> list[Tensor]:
 def test_nan_reaches_what_depends_on_it(
     name: str, poisoned: str, is_narrow: bool, device: str
 ) -> None:
-    half = torch.bfloat16 if device == "cuda" else torch.float16
+    is_gpu = device.startswith("cuda")
+    half = torch.bfloat16 if is_gpu else torch.float16
     dtype = half if is_narrow else torch.float32
-    assert is_fused(torch.zeros(1, dtype=dtype, device=device)) == (
-        device == "cuda" or is_interpreted()
-    )
+    assert is_fused(torch.zeros(1, dtype=dtype, device=device)) == (is_gpu or is_interpreted())
     for place in (0, -1):
         found = nan_after(CASES[name], poisoned, place, dtype, device)
         wanted = nan_after(CASES[name], poisoned, place, torch.float64, device)
