@@ -26,7 +26,10 @@ def _add_columns(PARTIAL, TOTAL, rows, D: tl.constexpr, COLUMNS: tl.constexpr, R
 
 
 def add_columns(partial_PD: Tensor, total_D: Tensor) -> None:
-    """Add the sums of partial_PD's columns to total_D (float32), always in the same order."""
+    """Add the sums of partial_PD's columns to total_D (float32), always in the same order.
+
+    Called where their device is the current one.
+    """
     rows, width = partial_PD.shape
     _add_columns[(triton.cdiv(width, COLUMNS),)](
         partial_PD, total_D, rows, D=width, COLUMNS=COLUMNS, ROWS=ROWS, num_warps=NUM_WARPS

@@ -38,7 +38,8 @@ def _add_up(partials, bounds, sums, BLOCK: tl.constexpr):
 def add_up(partials_S: Tensor, spans: Spans) -> Tensor:
     """Sum of each tensor's partial sums, float64, always in the same order."""
     sums = torch.empty(spans.num_tensors, dtype=torch.float64, device=partials_S.device)
-    _add_up[(spans.num_tensors,)](partials_S, spans.bounds_T1, sums, BLOCK=SUM_BLOCK)
+    with torch.cuda.device_of(sums):
+        _add_up[(spans.num_tensors,)](partials_S, spans.bounds_T1, sums, BLOCK=SUM_BLOCK)
     return sums
 
 

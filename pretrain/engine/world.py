@@ -244,3 +244,6 @@ def _choose_device(wanted: Device, local_rank: int) -> torch.device:
 def _make_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+    # torch would also write NaN to all memory before it is used, a pass over every result of a
+    # kernel; none is read before it is written (tests/kernels/conftest.py)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -46,6 +46,9 @@ class SandwichBlock(nn.Module):
             copies = self.float8_copies if self.is_float8 else None
             return fused_block(self, x_BTD, layout, self.epsilon, copies=copies)
         if slot is None and self.path is ComputePath.compiled:
+            if not layout.mask.is_causal:
+                # made here, once for all layers: inside, it would cut the layer's graph in two
+                _ = layout.matrix
             return _compiled_sandwich()(self, x_BTD, layout)
         return _sandwich(self, x_BTD, layout, slot)
 

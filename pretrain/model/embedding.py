@@ -48,5 +48,7 @@ class TiedEmbedding(nn.Module):
             logits_BTV = F.linear(hidden_BTD, self.weight)
             return logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
         head = fused.linear_cross_entropy if self.is_fused else linear_cross_entropy
-        nats_N = head(hidden_BTD.flatten(0, 1), self.weight, labels_BT.flatten())
+        # rows of one token flatten to a view with gaps, which the fused head does not take
+        flat = hidden_BTD.flatten(0, 1).contiguous(), self.weight, labels_BT.flatten().contiguous()
+        nats_N = head(*flat)
         return nats_N.view_as(labels_BT)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pretrain.engine.config import Device, EngineConfig, Precision
-from pretrain.engine.world import Place, World, find_place, first_host
+from pretrain.engine.world import Place, World, _make_deterministic, find_place, first_host
 from pretrain.errors import ConfigError
 from pretrain.testing import RanksError, run_ranks
 
@@ -103,6 +103,21 @@ def test_a_list_that_cannot_be_expanded_names_the_remedy(monkeypatch: pytest.Mon
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigError, match="set MASTER_ADDR"):
         first_host("node[1-4]")
+
+
+def test_deterministic_runs_do_not_fill_memory_that_they_overwrite(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        _make_deterministic()
+        assert torch.are_deterministic_algorithms_enabled()
+        # 64 MiB, fresh from the system
+        assert not torch.empty(1 << 24).isnan().any()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -39,6 +39,8 @@ class Launch:
     kernel: JITFunction
     values: dict[str, Any]
     options: dict[str, Any]
+    is_where_tensors_are: bool = True
+    """Whether the device of a tensor was made the current one, which is where Triton launches."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,24 @@ class _Recorder:
             options = {name: named.pop(name) for name in OPTIONS & named.keys()}
             values = dict(zip(self.kernel.arg_names, arguments, strict=False)) | named
             assert values.keys() == set(self.kernel.arg_names), values.keys()
-            self.launches.append(Launch(self.kernel, values, options))
+            self.launches.append(Launch(self.kernel, values, options, _chosen_devices > 0))
 
         return record
+
+
+# torch.cuda.device_of blocks that are open while launches are recorded.
+_chosen_devices = 0
+
+
+@contextmanager
+def _device_of(tensor: torch.Tensor) -> Iterator[None]:
+    """In the place of torch.cuda.device_of, which has nothing to choose for meta tensors."""
+    global _chosen_devices
+    _chosen_devices += 1
+    try:
+        yield
+    finally:
+        _chosen_devices -= 1
 
 
 @contextmanager
@@ -74,17 +91,20 @@ def recorded(module: ModuleType) -> Iterator[list[Launch]]:
     """Launches of the module's kernels, which do not run meanwhile."""
     kernels = {name: value for name, value in vars(module).items() if type(value) is JITFunction}
     launches: list[Launch] = []
+    device_of, torch.cuda.device_of = torch.cuda.device_of, _device_of  # type: ignore[misc]
     try:
         for name, kernel in kernels.items():
             setattr(module, name, _Recorder(kernel, launches))
         yield launches
     finally:
+        torch.cuda.device_of = device_of  # type: ignore[misc]
         for name, kernel in kernels.items():
             setattr(module, name, kernel)
 
 
 def compiled(launch: Launch, capability: int = 90) -> Machine:
     """The launch compiled for sm_`capability`, as Triton specializes it for aligned pointers."""
+    assert launch.is_where_tensors_are, f"{launch.kernel.__name__} runs on whatever GPU is current"
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.values[parameter.name]

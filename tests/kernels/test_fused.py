@@ -399,9 +399,11 @@ def assert_close_fp8(ours: Fp8, theirs: Fp8) -> None:
 def test_fp8_swiglu_of_a_wide_row(dtype: torch.dtype) -> None:
     from pretrain_kernels.swiglu import triton as fused
 
-    gate_up = draw(2, 2 * 17_920, dtype=dtype)
+    gate_up = draw(3, 2 * 17_920, dtype=dtype)
+    # of one row a gate, of another an up
+    gate_up[1, 5] = gate_up[2, -5] = NAN
     hidden = swiglu(gate_up)
-    ours = fused.swiglu(gate_up, narrow_buffer(2, 17_920), fp8=True)
+    ours = fused.swiglu(gate_up, narrow_buffer(3, 17_920), fp8=True)
     assert_same_fp8(ours, quantize_reference.quantize_rows(hidden))
 
 
@@ -459,6 +461,9 @@ def test_sizes_past_two_to_the_31() -> None:
     assert torch.equal(whole.sum_ND[last], made.sum_ND)
     assert torch.equal(whole.out_ND[last], made.out_ND)
     norm = {"gain_a_D": gain_D, "rstd_b_N": None, "gain_b_D": None}
+    again = norm_chain_output(x, whole.rstd_a_N, **norm)
+    assert torch.equal(again, whole.out_ND)
+    del again
     dsum = norm_chain_backward(x, None, x, rstd_a_N=whole.rstd_a_N, **norm, out=whole.out_ND)
     part = x[last].clone()
     rstd_N = whole.rstd_a_N[last].clone()

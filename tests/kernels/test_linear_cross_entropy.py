@@ -60,16 +60,6 @@ def error(got: Tensor, expected: Tensor) -> float:
     return float((got.double() - expected.double()).norm() / expected.double().norm())
 
 
-@pytest.fixture
-def poisoned():
-    """Memory that nobody has written holds NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
 def test_equals_the_loss_of_the_model() -> None:
     hidden_ND, weight_VD, labels_N, upstream_N = problem(13, 31)
     expected_N = loss.linear_cross_entropy(hidden_ND, weight_VD, labels_N, chunk_tokens=4)
@@ -217,7 +207,6 @@ def test_a_chunk_of_nothing_is_refused() -> None:
 class TestKernels:
     pytestmark = needs_kernels
 
-    @pytest.mark.usefixtures("poisoned")
     @pytest.mark.parametrize("vocabulary", [1, 37, 4096, 9001])
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_passes_equal_float64(self, vocabulary: int, dtype: torch.dtype) -> None:
@@ -261,7 +250,6 @@ class TestKernels:
         assert logits_NV[0].isnan().all()
         assert torch.equal(logits_NV[1, 100:], torch.zeros_like(logits_NV[1, 100:]))
 
-    @pytest.mark.usefixtures("poisoned")
     @pytest.mark.parametrize("num_tokens", [1, 11] if is_interpreted() else [1, 199, 4097])
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_errors_are_no_larger_than_eager_ones(

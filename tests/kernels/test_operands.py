@@ -48,6 +48,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: chain(out=X, fp8=True), "out is a Tensor, which does not go with fp8=True"),
     (lambda: chain(out=Fp8(FP8[0], RSTD), fp8=True), r"out.scale_N1 has shape \(4,\)"),
     (lambda: chain(out=X, sum_out=X), "the same memory"),
+    (lambda: chain(None, X, out=X), "the same memory"),
     (lambda: backward(STRIDED), "dout_ND of shape"),
     (lambda: backward(dx=X.half()), "dx_ND is torch.float16"),
     (lambda: backward(rstd_a_N=None), "rstd_a_N and gain_a_D belong together"),
@@ -96,6 +97,8 @@ def test_what_is_refused_here_is_right_otherwise() -> None:
     """The operands above are good ones, each spoiled in one way."""
     chain()
     chain(rstd_N=RSTD, gain_D=GAIN, gain_b_D=GAIN, out=FP8, fp8=True)
+    chain(X[:0], X[:0], out=X[:0].clone(), sum_out=X[:0].clone())
+    chain(None, X.clone(), out=X.clone())
     backward(dx=X, dgain_a_D=torch.zeros(8))
     norm_chain_output(X, RSTD, GAIN, None, None)
     swiglu_backward(X[:, :4].clone(), X.clone())

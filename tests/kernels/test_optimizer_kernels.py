@@ -31,7 +31,6 @@ needs_kernels = [
         not (torch.cuda.is_available() or is_interpreted()), reason="no GPU, not interpreted"
     ),
 ]
-needs_gpu = [*needs_kernels, pytest.mark.skipif(is_interpreted(), reason="needs a GPU")]
 DEVICE = torch.device("cpu" if is_interpreted() else "cuda")
 # between tensors and at both ends lies padding; one tensor is missing, one is in two pieces
 PIECES = (
@@ -381,25 +380,52 @@ class TestKernels:
         torch.testing.assert_close(*results, rtol=1e-6, atol=2e-6)
 
 
-class TestOnGpu:
-    pytestmark = needs_gpu
+class TestFarIn:
+    """Elements beyond what 32 bits count; in the interpreter, which has no such memory, near 0."""
 
-    def test_offsets_go_past_2_to_the_31(self) -> None:
-        start, numel = (1 << 31) + 5, 3 * SPAN_ELEMENTS
-        length = start + numel + 100
-        gradient, mean, square = (torch.zeros(length, device=DEVICE) for _ in range(3))
-        tail = slice(start, start + numel)
-        gradient[tail] = torch.randn(numel, device=DEVICE)
-        small = [tensor[tail].clone() for tensor in (gradient, mean, square)]
-        spans = Spans([Piece(0, start, numel)], 1, DEVICE)
-        sums = update_moments(gradient, mean, square, spans, is_start=True, **MOMENTS)
-        of_small = Spans([Piece(0, 0, numel)], 1, DEVICE)
-        expected = update_moments(*small, of_small, is_start=True, **MOMENTS)
-        assert torch.equal(mean[tail], small[1])
-        assert torch.equal(square[tail], small[2])
-        torch.testing.assert_close(sums, expected, rtol=1e-14, atol=0)
-        # nothing else was written
-        assert torch.equal(square.count_nonzero(), small[2].count_nonzero())
+    pytestmark = needs_kernels
+    # cut alike: spans lie at multiples of 2^14
+    NEAR = 5
+    START = 6 if is_interpreted() else (1 << 31) + NEAR
+    NUMEL = 3 * SPAN_ELEMENTS
+
+    @pytest.mark.parametrize("op", ["ellis_adam", "adamw", "square_sums"])
+    def test_partitions_are_read_and_written_where_they_should(self, op: str) -> None:
+        results = []
+        for start in (self.START, self.NEAR):
+            random = torch.Generator(DEVICE).manual_seed(0)
+            tensors = [torch.zeros(start + self.NUMEL + 100, device=DEVICE) for _ in range(4)]
+            tails = [tensor.narrow(0, start, self.NUMEL) for tensor in tensors]
+            for tail in tails:
+                tail.uniform_(0.5, 1.5, generator=random)
+            sums = self.run(op, tensors, Spans([Piece(0, start, self.NUMEL)], 1, DEVICE))
+            results.append([sums, *(tail.clone() for tail in tails)])
+            # nothing else was written
+            assert [int(tensor.count_nonzero()) for tensor in tensors] == [self.NUMEL] * 4
+        for far, near in zip(*results, strict=True):
+            # sums of float64, cut otherwise in the interpreter
+            torch.testing.assert_close(far, near, rtol=1e-14 if far.numel() == 1 else 0, atol=0)
+
+    def test_gradients_are_added_where_they_should(self) -> None:
+        total = torch.zeros(self.START + self.NUMEL, device=DEVICE)
+        gradient = torch.zeros(len(total), dtype=torch.float16, device=DEVICE)
+        gradient[self.START :] = torch.arange(self.NUMEL, device=DEVICE) % 2000 + 1
+        for count in (1, 2):
+            add_gradient(total, gradient, is_first=count == 1)
+            assert torch.equal(total[self.START :], count * gradient[self.START :].float())
+            assert int(total.count_nonzero()) == self.NUMEL
+
+    def run(self, op: str, tensors: list[Tensor], spans: Spans) -> Tensor:
+        """The sums of a call of the op on weight, gradient and moments."""
+        weight, gradient, mean, square = tensors
+        if op == "square_sums":
+            return square_sums(gradient, spans)
+        if op == "adamw":
+            return adamw_(weight, gradient, mean, square, spans, **ADAMW)
+        sums = update_moments(gradient, mean, square, spans, is_start=False, **MOMENTS)
+        etas = torch.full((1,), 0.1, device=DEVICE)
+        update_weights(weight, mean, square, etas, spans, **WEIGHTS)
+        return sums
 
 
 @pytest.mark.skipif(not has_triton(), reason="triton is not installed")

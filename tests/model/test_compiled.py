@@ -5,9 +5,11 @@ import logging
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from pretrain.errors import ConfigError
-from pretrain.model.config import ComputePath, ModelConfig
+from pretrain.model import block
+from pretrain.model.config import ComputePath, DocumentMask, ModelConfig
 from pretrain.model.depth import Depth
 from pretrain.model.init import initialize
 from pretrain.model.recurrent import RecurrentModel
@@ -22,16 +24,35 @@ SMALL = ModelConfig(
 TOLERANCE = 1e-5
 
 
-def gradients(path, rows):
-    model = RecurrentModel(dataclasses.replace(SMALL, path=path))
+def gradients(path, rows, documents=DocumentMask.causal):
+    config = dataclasses.replace(SMALL, path=path, documents=documents)
+    model = RecurrentModel(config)
     initialize(model, mean_depth=3, seed=1)
     generator = torch.Generator().manual_seed(rows)
     tokens = torch.randint(61, (rows, 17), generator=generator)
     state = torch.randn(rows, 16, 32, generator=generator)
     depths = [Depth(row, 2) for row in range(rows)]
-    output = model(tokens[:, :-1], depths, initial_state=state, labels=tokens[:, 1:])
+    output = model(
+        tokens[:, :-1], depths, initial_state=state, labels=tokens[:, 1:],
+        documents=torch.arange(16).div(5, rounding_mode="floor").expand(rows, 16),
+    )  # fmt: skip
     output.loss.backward()
     return {"loss": output.loss.detach()} | {n: p.grad for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("documents", DocumentMask, ids=lambda mask: mask.value)
+def test_a_layer_is_one_graph(monkeypatch, documents):
+    """Compiled without a prefix and with one, which runs without gradient: two graphs in all."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    layer = torch.compile(block._sandwich, backend=counter)
+    monkeypatch.setattr(block, "_compiled_sandwich", lambda: layer)
+    wanted = gradients(ComputePath.reference, 2, documents)
+    found = gradients(ComputePath.compiled, 2, documents)
+    torch._dynamo.reset()
+    for name, exact in wanted.items():
+        assert (found[name] - exact).norm() <= TOLERANCE * exact.norm(), name
+    assert counter.frame_count == 2
 
 
 @pytest.mark.slow

@@ -141,6 +141,21 @@ def test_a_write_is_noticed_by_the_next_pass(part: str) -> None:
     run(model, 0)
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_weights_loaded_inside_are_noticed_by_the_next_pass(assign: bool) -> None:
+    model, other = (model_of(**PREFIX) for _ in range(2))
+    with torch.no_grad():
+        other.core.iteration.layers[1].mlp.down.mul_(2.0)
+    wanted = evaluate(other)
+    with fixed_weights(model):
+        assert not torch.equal(evaluate(model), wanted)
+        model.load_state_dict(other.state_dict(), assign=assign)
+        with pytest.raises(RuntimeError, match="matrix qkv was written to, or moved"):
+            evaluate(model)
+    with fixed_weights(model):
+        assert torch.equal(evaluate(model), wanted)
+
+
 def test_other_memory_is_noticed_by_the_next_pass() -> None:
     """Also where the old one is gone and its address free."""
     model = model_of(**PREFIX)

@@ -3,6 +3,7 @@
 Rounding the weights into a bf16 copy on the way adds 2 bytes, where a pass of its own takes 6.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -93,10 +94,11 @@ def adamw_(
     """See `reference.adamw_`."""
     partials_S = empty_partials(spans)
     if len(partials_S):
-        _adamw[(len(partials_S),)](
-            weight, rounded, gradient, mean, square, spans.table_S4, partials_S, float(factor),
-            float(1 - rate * weight_decay), float(1 - beta1), float(beta2), float(1 - beta2),
-            float((1 - beta2**step) ** 0.5), float(epsilon), float(rate / (1 - beta1**step)),
-            SPAN=SPAN_ELEMENTS, BLOCK=BLOCK, BLOCKS=BLOCKS, num_warps=NUM_WARPS,
-        )  # fmt: skip
+        with torch.cuda.device_of(weight):
+            _adamw[(len(partials_S),)](
+                weight, rounded, gradient, mean, square, spans.table_S4, partials_S, float(factor),
+                float(1 - rate * weight_decay), float(1 - beta1), float(beta2), float(1 - beta2),
+                float((1 - beta2**step) ** 0.5), float(epsilon), float(rate / (1 - beta1**step)),
+                SPAN=SPAN_ELEMENTS, BLOCK=BLOCK, BLOCKS=BLOCKS, num_warps=NUM_WARPS,
+            )  # fmt: skip
     return add_up(partials_S, spans)

@@ -4,6 +4,7 @@ PyTorch widens bf16 element by element, at less than half of the bandwidth (dire
 benchmarks/results/2026-11-26-h200/engine-profile.csv: 11.6 ms for 3.5 B elements).
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -32,6 +33,7 @@ def add_gradient(total: Tensor, gradient: Tensor, *, is_first: bool) -> None:
     """See `reference.add_gradient`."""
     numel = total.numel()
     if numel:
-        _add[(triton.cdiv(numel, BLOCK),)](
-            total, gradient, numel, IS_FIRST=is_first, BLOCK=BLOCK, num_warps=NUM_WARPS
-        )
+        with torch.cuda.device_of(total):
+            _add[(triton.cdiv(numel, BLOCK),)](
+                total, gradient, numel, IS_FIRST=is_first, BLOCK=BLOCK, num_warps=NUM_WARPS
+            )

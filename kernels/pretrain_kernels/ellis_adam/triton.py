@@ -6,6 +6,7 @@ A program handles one span. A span that lies wholly inside a tensor is read with
 16-byte accesses; one at a tensor's edge with masks.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -144,13 +145,14 @@ def update_moments(
     """See `reference.update_moments`."""
     partials_S = empty_partials(spans)
     if len(partials_S):
-        _moments[(len(partials_S),)](
-            gradient, mean, square, spans.table_S4, partials_S,
-            float(factor), float(beta2), float(1 - beta1), float(1 - beta2),
-            float(floor * floor),
-            IS_START=is_start, SPAN=SPAN_ELEMENTS, BLOCK=BLOCK, BLOCKS=BLOCKS,
-            num_warps=NUM_WARPS,
-        )  # fmt: skip
+        with torch.cuda.device_of(gradient):
+            _moments[(len(partials_S),)](
+                gradient, mean, square, spans.table_S4, partials_S,
+                float(factor), float(beta2), float(1 - beta1), float(1 - beta2),
+                float(floor * floor),
+                IS_START=is_start, SPAN=SPAN_ELEMENTS, BLOCK=BLOCK, BLOCKS=BLOCKS,
+                num_warps=NUM_WARPS,
+            )  # fmt: skip
     return add_up(partials_S, spans)
 
 
@@ -167,8 +169,9 @@ def update_weights(
 ) -> None:
     """See `reference.update_weights`."""
     if len(spans.table_S4):
-        _weights[(len(spans.table_S4),)](
-            weight, rounded, mean, square, etas, spans.table_S4,
-            float(keep), float(correction),
-            SPAN=SPAN_ELEMENTS, BLOCK=BLOCK, BLOCKS=BLOCKS, num_warps=NUM_WARPS,
-        )  # fmt: skip
+        with torch.cuda.device_of(weight):
+            _weights[(len(spans.table_S4),)](
+                weight, rounded, mean, square, etas, spans.table_S4,
+                float(keep), float(correction),
+                SPAN=SPAN_ELEMENTS, BLOCK=BLOCK, BLOCKS=BLOCKS, num_warps=NUM_WARPS,
+            )  # fmt: skip

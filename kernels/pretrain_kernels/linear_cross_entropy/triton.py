@@ -67,10 +67,11 @@ def nats_and_lse(logits_NV: Tensor, labels_N: Tensor, *, z_loss: float) -> tuple
     nats_N, lse_N = (
         torch.empty(num_tokens, dtype=torch.float32, device=logits_NV.device) for _ in range(2)
     )
-    _nats[(num_tokens,)](
-        logits_NV, labels_N, nats_N, lse_N, float(z_loss),
-        V=vocabulary, BLOCK=block_of(vocabulary), num_warps=NUM_WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(logits_NV):
+        _nats[(num_tokens,)](
+            logits_NV, labels_N, nats_N, lse_N, float(z_loss),
+            V=vocabulary, BLOCK=block_of(vocabulary), num_warps=NUM_WARPS,
+        )  # fmt: skip
     return nats_N, lse_N
 
 
@@ -80,7 +81,8 @@ def logits_to_gradient_(
     """See `reference.logits_to_gradient_`."""
     num_tokens, vocabulary = logits_NV.shape
     block = block_of(vocabulary)
-    _gradient[(num_tokens, triton.cdiv(vocabulary, block))](
-        logits_NV, labels_N, lse_N, upstream_N, float(z_loss),
-        V=vocabulary, BLOCK=block, num_warps=NUM_WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(logits_NV):
+        _gradient[(num_tokens, triton.cdiv(vocabulary, block))](
+            logits_NV, labels_N, lse_N, upstream_N, float(z_loss),
+            V=vocabulary, BLOCK=block, num_warps=NUM_WARPS,
+        )  # fmt: skip

@@ -42,7 +42,8 @@ def norm_chain(
         x'  = R(R(sum * rstd_a) * gain_a)        or sum without gain_a_D
         out = R(R(x' * rstd_b) * gain_b)         or x' without gain_b_D
     With `fp8` the output is quantize_rows(out) instead. `sum_out` may be branch_ND or
-    residual_ND. Where sum is residual_ND and no `sum_out` is given, residual_ND is returned.
+    residual_ND, and so may `out`, unless the sum lies there. Where sum is residual_ND and no
+    `sum_out` is given, residual_ND is returned.
 
     Raises ValueError for wrong shapes, dtypes or strides, and if neither gain_a_D nor gain_b_D
     is given, or only one of rstd_N and gain_D.
@@ -55,7 +56,8 @@ def norm_chain(
     for name, gain in (("gain_D", gain_D), ("gain_a_D", gain_a_D), ("gain_b_D", gain_b_D)):
         check_like(name, gain, (width,), dtype, residual_ND)
     check_like("sum_out", sum_out, (rows, width), dtype, residual_ND)
-    _check_output(out, fp8, sum_out, residual_ND)
+    is_sum = branch_ND is None and rstd_N is None and sum_out is None
+    _check_output(out, fp8, residual_ND if is_sum else sum_out, residual_ND)
     if (rstd_N is None) != (gain_D is None):
         raise ValueError("rstd_N and gain_D belong together: give both or neither")
     if gain_a_D is None and gain_b_D is None:
@@ -164,16 +166,18 @@ def check_norms(
 
 
 def _check_output(
-    out: Tensor | Fp8 | None, fp8: bool, sum_out: Tensor | None, model: Tensor
+    out: Tensor | Fp8 | None, fp8: bool, sum_ND: Tensor | None, model: Tensor
 ) -> None:
+    """`sum_ND` is where the sum will lie, if that is known."""
     if isinstance(out, Fp8) != fp8 and out is not None:
         raise ValueError(f"out is a {type(out).__name__}, which does not go with fp8={fp8}")
     if isinstance(out, Fp8):
         check_fp8("out", out, model.shape, model)
         return
     check_like("out", out, model.shape, model.dtype, model)
-    if out is not None and sum_out is not None and out.data_ptr() == sum_out.data_ptr():
-        raise ValueError("out and sum_out are the same memory: one would overwrite the other")
+    # tensors without elements have the address 0
+    if out is not None and sum_ND is not None and out.data_ptr() == sum_ND.data_ptr() != 0:
+        raise ValueError("out and the sum are the same memory: one would overwrite the other")
 
 
 def _implementation(tensor: Tensor) -> ModuleType:

@@ -1,5 +1,6 @@
 """Sums of squares over the tensors of a flat partition: one pass of 4 bytes per element."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -39,8 +40,9 @@ def square_sums(gradient: Tensor, spans: Spans) -> Tensor:
     """See `reference.square_sums`."""
     partials_S = empty_partials(spans)
     if len(partials_S):
-        _squares[(len(partials_S),)](
-            gradient, spans.table_S4, partials_S,
-            SPAN=SPAN_ELEMENTS, BLOCK=BLOCK, BLOCKS=BLOCKS, num_warps=NUM_WARPS,
-        )  # fmt: skip
+        with torch.cuda.device_of(gradient):
+            _squares[(len(partials_S),)](
+                gradient, spans.table_S4, partials_S,
+                SPAN=SPAN_ELEMENTS, BLOCK=BLOCK, BLOCKS=BLOCKS, num_warps=NUM_WARPS,
+            )  # fmt: skip
     return add_up(partials_S, spans)

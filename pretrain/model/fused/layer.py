@@ -100,6 +100,7 @@ def layer_forward(
     is_float8 = float8 is not None
     matrices = weights if float8 is None else float8.by_output
     rows, tokens, _ = place.layout.cos_BTP.shape
+    # Wo attention(n1 x)
     qkv_NX = project(given.normed_ND, matrices.qkv)
     qkv_N3HK = qkv_NX.view(rows * tokens, 3, *weights.qk_bias.shape[-2:])
     qk_rope_(qkv_N3HK, weights.qk_bias.squeeze(1), *place.angles)
@@ -108,6 +109,7 @@ def layer_forward(
     attended = backend.forward(q, k, v, place.layout)
     mixed_ND = _flat(attended.mixed_BHTK)
     branch_ND = project(quantize_rows(mixed_ND) if is_float8 else mixed_ND, matrices.output)
+    # s2 = x + that;  x1 = n2 s2;  n3 x1
     middle = LayerInput.after(
         norm_chain(
             branch_ND, given.sum_ND, rstd_N=given.rstd_N, gain_D=given.gain_D,
@@ -116,8 +118,10 @@ def layer_forward(
         ),
         weights.norm_2,
     )  # fmt: skip
+    # Wd swiglu(Wg n3 x1)
     gate_up_N2I = project(middle.normed_ND, matrices.gate_up)
     branch_ND = project(swiglu(gate_up_N2I, fp8=is_float8), matrices.down)
+    # s4 = x1 + that;  x' = n4 s4;  the next layer's n1 x'
     after = LayerInput.after(
         norm_chain(
             branch_ND, middle.sum_ND, rstd_N=middle.rstd_N, gain_D=middle.gain_D,
@@ -149,12 +153,14 @@ def layer_backward(
     rows = place.layout.cos_BTP.shape[0]
     middle, after = saved.middle, saved.after
     narrow = None if float8 is None else float8.by_input
+    # the next layer's n1 x';  x' = n4 s4
     ds4_ND = norm_chain_backward(
         dnormed_ND, dx_ND, after.sum_ND,
         rstd_a_N=after.rstd_N, gain_a_D=weights.norm_4, dgain_a_D=sums.vector(weights.norm_4),
         rstd_b_N=after.rstd_1_N, gain_b_D=next_norm_D,
         dgain_b_D=None if next_norm_D is None else sums.vector(next_norm_D),
     )  # fmt: skip
+    # s4 = x1 + Wd swiglu(Wg n3 x1): ds4 is also the gradient of x1
     dhidden_NI = input_gradient(ds4_ND, weights.down, narrow and narrow.down)
     hidden_NI = torch.empty_like(dhidden_NI)
     dgate_up_N2I = swiglu_backward(
@@ -164,11 +170,13 @@ def layer_backward(
     del dhidden_NI, hidden_NI
     dmiddle_ND = input_gradient(dgate_up_N2I, weights.gate_up, narrow and narrow.gate_up)
     sums.add_product(weights.gate_up, dgate_up_N2I, middle.normed(weights.norm_3))
+    # n3 x1;  x1 = n2 s2
     ds2_ND = norm_chain_backward(
         dmiddle_ND, ds4_ND, middle.sum_ND,
         rstd_a_N=middle.rstd_N, gain_a_D=weights.norm_2, dgain_a_D=sums.vector(weights.norm_2),
         rstd_b_N=middle.rstd_1_N, gain_b_D=weights.norm_3, dgain_b_D=sums.vector(weights.norm_3),
     )  # fmt: skip
+    # s2 = x + Wo attention(n1 x): ds2 is also the gradient of x
     dmixed_ND = input_gradient(ds2_ND, weights.output, narrow and narrow.output)
     mixed_BHTK = saved.attended.mixed_BHTK
     sums.add_product(weights.output, ds2_ND, _flat(mixed_BHTK))

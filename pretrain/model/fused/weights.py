@@ -1,12 +1,14 @@
 """The tensors of one layer, their copies in float8, and how long those are good for."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from pretrain.errors import ConfigError
 from pretrain_kernels.fp8 import Fp8
 from pretrain_kernels.quantize_both_ways import quantize_both_ways
 from pretrain_kernels.quantize_rows import quantize_rows
@@ -69,13 +71,31 @@ class Float8Weights(NamedTuple):
     @staticmethod
     @torch.no_grad()
     def of(weights: LayerWeights, *, has_gradient: bool) -> "Float8Weights":
-        """Quantized now; the weights must not change while this is in use."""
+        """Quantized now; the weights must not change while this is in use.
+
+        Raises ConfigError on a GPU that knows no float8.
+        """
+        check_float8(weights.qkv.device)
         if not has_gradient:
             rows = (quantize_rows(matrix) for matrix in weights.matrices)
             return Float8Weights(Matrices(*rows), None)
         both = [quantize_both_ways(matrix) for matrix in weights.matrices]
         by_output, by_input = (Matrices(*copies) for copies in zip(*both, strict=True))
         return Float8Weights(by_output, by_input)
+
+
+@functools.cache
+def check_float8(device: torch.device) -> None:
+    """ConfigError if this is a GPU that does not multiply float8_e4m3fn (Ada and Hopper do)."""
+    if device.type != "cuda":
+        return
+    found = torch.cuda.get_device_capability(device)
+    if found < (8, 9):
+        raise ConfigError(
+            f"{torch.cuda.get_device_name(device)} has compute capability {found[0]}.{found[1]}, "
+            "and only GPUs of 8.9 or more multiply float8: set model.no_grad_precision=same and "
+            "model.grad_precision=same."
+        )
 
 
 class _Source(NamedTuple):

@@ -1,5 +1,6 @@
 """Any mask, and whatever attention kernel torch takes for it."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pretrain.model.config import DocumentMask
 from pretrain.model.depth import Depth
 from pretrain.model.fused import attention, layer
-from pretrain.model.fused.attention import CUDNN, FLASH, FLEX, REPLAYED, choose_backend
+from pretrain.model.fused.attention import CPU, CUDNN, FLASH, FLEX, REPLAYED, choose_backend
 from pretrain.model.layout import Layout, Mask, split_documents
 from pretrain.testing import load_module
 
@@ -182,6 +183,40 @@ ON_GPU = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("backend", "device"),
+    [
+        (CPU, "cpu"),
+        pytest.param(CUDNN, "cuda", marks=ON_GPU),
+        pytest.param(FLASH, "cuda", marks=ON_GPU),
+    ],
+    ids=lambda each: each if isinstance(each, str) else each.name,
+)
+@pytest.mark.parametrize("tokens", [192, 777])
+@pytest.mark.parametrize("factor", [1.0, 40.0], ids=["usual", "peaked"])
+def test_causal_kernels_err_no_more_than_plain_products(backend, device, tokens, factor):
+    """Also where logits are some hundreds apart, at lengths that fill no block of queries."""
+    torch.manual_seed(0)
+    packed = Packed(3, tokens, 96, 3, device=device, dtype=torch.bfloat16)
+    packed.layout = dataclasses.replace(packed.layout, mask=Mask())
+    packed.qkv[:, 0] *= factor
+    exact, plain = (multiplied_out(packed, dtype) for dtype in (torch.float32, torch.bfloat16))
+    for name, truth, ours, theirs in zip("oqkv", exact, packed.run(backend), plain, strict=True):
+        error, allowed = ((x.float() - truth).norm() / truth.norm() for x in (ours, theirs))
+        # written so that NaN fails
+        assert error <= 1.1 * allowed, (name, float(error), float(allowed))
+
+
+def multiplied_out(packed, dtype):
+    """Causal attention as two products and a softmax, each rounded to the dtype; as Packed.run."""
+    heads = [x.clone().requires_grad_() for x in packed.heads(dtype)]
+    q, k, v = heads
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    is_later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    mixed = scores.masked_fill(is_later, -torch.inf).softmax(-1) @ v
+    return mixed.detach(), *torch.autograd.grad(mixed, heads, packed.upstream.to(dtype))
 
 
 class TestOnGpu:

@@ -9,7 +9,8 @@ import torch
 from pretrain.errors import ConfigError
 from pretrain.model.config import ComputePath, ProductPrecision
 from pretrain.model.depth import Depth
-from pretrain.model.fused import products
+from pretrain.model.fused import products, weights
+from pretrain.model.fused.weights import check_float8
 from pretrain.model.layout import Layout, Mask
 from pretrain.testing import load_module
 
@@ -74,6 +75,22 @@ def test_a_layer_takes_any_strides():
         assert leaf.grad is not None
         results.append(leaf.grad)
     assert (results[1] - results[0]).norm() < PATHS.TOLERANCE * results[0].norm()
+
+
+def test_rows_may_have_one_token():
+    plain, fused = PATHS.models(context=1)
+    inputs, depths = PATHS.batch(3, context=1), [Depth(1, 2), Depth(0, 1), Depth(2, 1)]
+    assert not inputs["labels"].flatten().is_contiguous()
+    wanted_loss, wanted = PATHS.gradients(plain, inputs, depths)
+    loss, found = PATHS.gradients(fused, inputs, depths)
+    torch.testing.assert_close(loss, wanted_loss, rtol=PATHS.TOLERANCE, atol=0)
+    # a token that sees itself alone: attention's output is its value, whatever the query and key
+    for name, gradient in wanted.items():
+        assert (found[name] - gradient).norm() <= PATHS.TOLERANCE * wanted_norm(wanted), name
+
+
+def wanted_norm(gradients):
+    return torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
 
 
 def test_writing_to_what_the_backward_pass_needs_is_noticed():
@@ -151,3 +168,29 @@ def test_widths_that_gpus_do_not_multiply_in_float8_are_refused(name, width, inn
             ComputePath.fused, torch.bfloat16, width=width, inner=inner,
             **{name: ProductPrecision.fp8},
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(("capability", "is_refused"), [((8, 0), True), ((8, 9), False)])
+def test_gpus_without_float8_are_refused_by_name(monkeypatch, capability, is_refused):
+    check_float8.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    check_float8(torch.device("cpu"))
+    if is_refused:
+        said = r"NVIDIA A100 has compute capability 8\.0, .* model\.no_grad_precision=same"
+        with pytest.raises(ConfigError, match=said):
+            check_float8(torch.device("cuda", 0))
+    else:
+        check_float8(torch.device("cuda", 0))
+    check_float8.cache_clear()
+
+
+def test_the_gpu_is_looked_at_before_anything_is_quantized(monkeypatch):
+    def refuse(device):
+        raise ConfigError(f"not on {device}")
+
+    monkeypatch.setattr(weights, "check_float8", refuse)
+    fused = PATHS.model_of(ComputePath.fused, torch.bfloat16, **FLOAT8)
+    with PATHS.counted_copies() as counted, pytest.raises(ConfigError, match="not on cpu"):
+        fused(depths=[Depth(1, 2)], **PATHS.batch(1, torch.bfloat16))
+    assert not counted
