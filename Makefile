@@ -10,6 +10,8 @@ HARNESS := .venv-harness
 HARNESS_STAMP := $(HARNESS)/.installed
 # processes of `make test`
 TEST_WORKERS ?= 2
+# of each measurement of a whole pass by `make bench`, half of it for the small model; 5 does for a look
+BENCH_SECONDS ?= 20
 .DEFAULT_GOAL := help
 .PHONY: help train test test-all test-slurm test-harness harness faults check docs bench clean
 
@@ -23,7 +25,7 @@ help:
 	@echo "make faults    kills, full disks, damage, hangs only"
 	@echo "make check     format, lint and types"
 	@echo "make docs      the documentation as a site, in out/site"
-	@echo "make bench     what this machine can measure: the loader; with a GPU, kernels and steps too (30 min)"
+	@echo "make bench     what this machine can measure: the loader; with a GPU, kernels and steps too (15 min; BENCH_SECONDS=5: 9)"
 	@echo "make clean     remove what make train produced (not .venv*)"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -81,9 +83,10 @@ bench: $(STAMP)
 	$(BIN)/python kernels/benchmarks/loader.py || status=1; \
 	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 		$(BIN)/python kernels/benchmarks/micro.py || status=1; \
-		$(BIN)/python kernels/benchmarks/step.py rows=1,2 depths=2/8,8/8,56/8,24/4 || status=1; \
-		$(BIN)/python kernels/benchmarks/step.py presets=huginn-100m rows=1,2,3,4,8 seconds=10 \
-			paths=reference,compiled,fused,fused+fp8 || status=1; \
+		$(BIN)/python kernels/benchmarks/step.py rows=1,2 depths=2/8,8/8,56/8,24/4 \
+			seconds=$(BENCH_SECONDS) || status=1; \
+		$(BIN)/python kernels/benchmarks/step.py presets=huginn-100m rows=1,2,3,4,8 \
+			paths=reference,compiled,fused,fused+fp8 seconds=$$(( $(BENCH_SECONDS) / 2 )) || status=1; \
 	fi; exit $$status
 
 check: $(STAMP)

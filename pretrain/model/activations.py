@@ -9,6 +9,7 @@ are counted as plain ones, which is too much: 64 GB where 45 were measured, one 
 
 from pretrain.model.config import (
     CHUNK_TOKENS,
+    FUSED_CHUNK_TOKENS,
     ComputePath,
     Injection,
     ModelConfig,
@@ -99,12 +100,13 @@ def head_bytes(model: ModelConfig, *, rows: int, element_bytes: int) -> int:
     Plain: log-probabilities, their gradient, and its cast. Fused: the logits, which their gradient
     overwrites; over several chunks the weight's is summed in float32 and then rounded.
     """
-    tokens = min(rows * model.context, CHUNK_TOKENS)
+    tokens = rows * model.context
     if model.path is not ComputePath.fused:
-        return tokens * model.vocabulary_size * (2 * _WIDE_BYTES + element_bytes)
-    sums = _WIDE_BYTES if rows * model.context > CHUNK_TOKENS else 0
+        chunk = min(tokens, CHUNK_TOKENS)
+        return chunk * model.vocabulary_size * (2 * _WIDE_BYTES + element_bytes)
+    sums = _WIDE_BYTES if tokens > FUSED_CHUNK_TOKENS else 0
     weight = model.vocabulary_size * model.width * (sums + element_bytes)
-    return tokens * model.vocabulary_size * element_bytes + weight
+    return min(tokens, FUSED_CHUNK_TOKENS) * model.vocabulary_size * element_bytes + weight
 
 
 def peak_activation_bytes(

@@ -8,6 +8,9 @@ from pretrain.errors import ConfigError
 
 # The loss holds the logits of so many tokens at once: 1 GiB in float32 at a vocabulary of 65,536.
 CHUNK_TOKENS = 4096
+# The fused head holds them in the type of the weights only. With one chunk it makes no logits twice
+# and needs no float32 sum of its weight's gradient.
+FUSED_CHUNK_TOKENS = 8192
 
 _LARGEST_SIGMA = 8
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.model.config import ComputePath, ModelConfig
+from pretrain.model.config import FUSED_CHUNK_TOKENS, ComputePath, ModelConfig
 from pretrain.model.loss import divergence, linear_cross_entropy
 from pretrain.model.parameter import unset
 from pretrain_kernels import linear_cross_entropy as fused
@@ -47,8 +47,10 @@ class TiedEmbedding(nn.Module):
         if labels_BT is None:
             logits_BTV = F.linear(hidden_BTD, self.weight)
             return logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
-        head = fused.linear_cross_entropy if self.is_fused else linear_cross_entropy
         # rows of one token flatten to a view with gaps, which the fused head does not take
         flat = hidden_BTD.flatten(0, 1).contiguous(), self.weight, labels_BT.flatten().contiguous()
-        nats_N = head(*flat)
+        if self.is_fused:
+            nats_N = fused.linear_cross_entropy(*flat, chunk_tokens=FUSED_CHUNK_TOKENS)
+        else:
+            nats_N = linear_cross_entropy(*flat)
         return nats_N.view_as(labels_BT)

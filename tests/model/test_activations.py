@@ -207,8 +207,8 @@ def test_head_holds_one_chunk_whatever_the_rows():
     sizes = [head_bytes(few, rows=rows, element_bytes=2) for rows in (1, 4, 8)]
     assert sizes == [1024 * 65536 * 10, 4096 * 65536 * 10, 4096 * 65536 * 10]
     fused = dataclasses.replace(few, path=ComputePath.fused)
-    sizes = [head_bytes(fused, rows=rows, element_bytes=2) for rows in (1, 4, 8)]
+    sizes = [head_bytes(fused, rows=rows, element_bytes=2) for rows in (1, 8, 16)]
     weight = 65536 * 5280
     assert sizes == [
-        1024 * 65536 * 2 + 2 * weight, 4096 * 65536 * 2 + 2 * weight, 4096 * 65536 * 2 + 6 * weight,
+        1024 * 65536 * 2 + 2 * weight, 8192 * 65536 * 2 + 2 * weight, 8192 * 65536 * 2 + 6 * weight,
     ]  # fmt: skip

@@ -20,14 +20,15 @@ def linear_cross_entropy(
     labels_N: Tensor,
     *,
     z_loss: float = 0.0,
-    chunk_tokens: int = 4096,
+    chunk_tokens: int = 8192,
 ) -> Tensor:
     """Nats of each token, float32 (float64 for float64), of the logits hidden @ weight.T.
 
     Logits are rounded to the type of `hidden`, all else is float32. To each token's nats
     z_loss x (log-sum-exp)^2 is added. Labels of -100 give 0 nats and no gradient; any other
     label outside [0, V) gives NaN in both, since an error would need a synchronization.
-    Every token may have its own upstream gradient. Not twice differentiable.
+    Every token may have its own upstream gradient. Not twice differentiable. The logits of
+    chunk_tokens tokens are in memory at a time; those of all chunks but the last are made twice.
 
     Raises ValueError for other types, shapes or strides. Source: arXiv 2410.10989 (chunks).
     """
