@@ -4,6 +4,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from pretrain.data.cache import ShardCache, folder_here, is_url, read_remote
 from pretrain.data.config import DataConfig, OnDamage
@@ -26,11 +27,7 @@ def open_manifest(config: DataConfig) -> Manifest:
     """
     if is_url(config.shards):
         url = f"{config.shards.rstrip('/')}/{MANIFEST_FILE}"
-        try:
-            content = read_remote(url)
-        except OSError as error:
-            raise DataError(f"{url} cannot be read: {error}. Check the network.") from error
-        manifest = Manifest.from_bytes(content, url)
+        manifest = Manifest.from_bytes(read_remote(url), url)
     else:
         manifest = read_manifest(Path(config.shards))
     if manifest.context != config.context:
@@ -271,7 +268,9 @@ class ShardStore:
         self._open.clear()
 
     def _finder(self, shard: ShardManifest) -> Callable[[], Path]:
-        location = f"{self._location}/{shard.name}"
+        # the name of a source may hold spaces, #, % or letters that a URL has to escape
+        is_web = self._location.startswith(("http://", "https://"))
+        location = f"{self._location}/{quote(shard.name) if is_web else shard.name}"
         cache = self._cache
         if cache is None:
             return lambda: Path(location)
