@@ -356,6 +356,40 @@ def test_one_build_at_a_time(config, tokenizer_folder):
             build(config, tokenizer_folder)
 
 
+@pytest.mark.parametrize("command", [build, build_share])
+def test_a_build_that_another_overtakes_leaves_its_shards_alone(
+    config, tokenizer_folder, monkeypatch, command
+):
+    """It looks for its text, which may take long, before it locks the folder."""
+    slow = dataclasses.replace(config, context=31, build_tasks=2)
+    if command is build_share:
+        slow.build_task = 0
+
+    def find_parts_while_another_builds(asked):
+        parts = find_parts(asked)
+        if asked is slow:
+            build(config, tokenizer_folder)
+        return parts
+
+    monkeypatch.setattr("pretrain.data.build.find_parts", find_parts_while_another_builds)
+    with pytest.raises(DataError, match=r"data\.context: built with 63, now 31"):
+        command(slow, tokenizer_folder)
+    assert read_manifest(Path(config.shards)).context == 63
+
+
+def test_a_place_that_is_no_folder_is_refused(config, tokenizer_folder):
+    Path(config.shards).write_text("a file")
+    with pytest.raises(DataError, match=r"Shards cannot be built in .*: Not a directory"):
+        build(config, tokenizer_folder)
+
+
+@pytest.mark.parametrize("name", ["", ".hidden", "a/b"])
+def test_a_source_whose_name_is_no_folder_is_refused(config, tokenizer_folder, name):
+    config.sources = {name: SourceConfig(paths=["books/*"])}
+    with pytest.raises(ConfigError, match=f"Source {name!r} names a folder"):
+        build(config, tokenizer_folder)
+
+
 def test_bad_text_stops_a_parallel_build_with_its_place(config, corpus, tokenizer_folder):
     (corpus / "books" / "3.jsonl").write_bytes(b'{"text": "\xff"}\n')
     config.build_workers = 2
