@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -337,6 +338,32 @@ def test_a_full_disk_is_told_with_what_is_free(tmp_path):
         _explaining_full_disk(tmp_path),
     ):
         Path("/dev/full").write_bytes(b"x")
+
+
+def test_a_disk_that_fills_up_anywhere_is_told_and_built_on(
+    config, corpus, tokenizer_folder, tmp_path, monkeypatch
+):
+    """Some of these sizes end in the tokens of a part, some in its table of documents."""
+    (corpus / "notes/short.jsonl").write_text('{"text": "a"}\n' * 4_000)
+    build(config, tokenizer_folder)
+    expected = tree(config.shards)
+    monkeypatch.setattr(_Build, "_check_space", lambda *_: None)
+    config.shards = str(tmp_path / "disk")
+    Path(config.shards).mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", config.shards], check=False
+    )
+    if mounted.returncode:
+        pytest.skip("this user may not mount a disk")
+    try:
+        for size in (*range(20, 300, 4), 2_000):
+            subprocess.run(["mount", "-o", f"remount,size={size}k", config.shards], check=True)
+            # while it is too small; anything but this error fails the test
+            with suppress(DataError):
+                build(config, tokenizer_folder)
+        assert tree(config.shards) == expected
+    finally:
+        subprocess.run(["umount", "--lazy", config.shards], check=True)
 
 
 def test_too_small_a_disk_is_told_before_it_is_full(config, tokenizer_folder, monkeypatch):
