@@ -68,6 +68,7 @@ from pretrain.loop.spikes import must_rewind
 from pretrain.loop.state import (
     TrainState,
     check_same_data,
+    check_same_on_all_ranks,
     check_same_tokenizer,
     last_step,
     total_tokens,
@@ -292,6 +293,7 @@ def _check_inputs(config: TrainConfig, world: World) -> _Inputs:
     """Shards, tokenizer and checkpoint; they must belong together and to this configuration."""
     config.batch.micro_steps(context=config.model.context, ranks=world.size)
     identity, held_out, order, sampler = on_all_ranks(world, lambda: _check_data(config, world))
+    check_same_on_all_ranks(world.gather_objects(identity))
     digits = on_all_ranks(world, lambda: find_digits(config))
     run_dir = Path(config.run.dir)
     rewinds = world.broadcast_object(
