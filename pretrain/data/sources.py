@@ -8,13 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from pretrain.data import addition, embedded
 from pretrain.data.config import Corpus, DataConfig
 from pretrain.data.documents import Document, Part, number_parts
 from pretrain.data.records import READERS, reader_of
-from pretrain.errors import ConfigError, DataError
+from pretrain.errors import ConfigError, DataError, PretrainError
 
 __all__ = ["Document", "Part", "find_parts", "read_documents"]
 
@@ -110,10 +111,20 @@ def _read_file(part: Part, config: DataConfig) -> Iterator[Document]:
         file = system.open(path, "rb")
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}; the corpus lost a file.") from error
-    with file:
-        for record in reader(file, path, text_key):
-            name = f"{part.source}/{part.path}#{record.number}"
-            yield Document(name, record.text, record.messages)
+    # what stores raise, their libraries decide
+    errors = OSError if isinstance(system, LocalFileSystem) else Exception
+    try:
+        with file:
+            for record in reader(file, path, text_key):
+                name = f"{part.source}/{part.path}#{record.number}"
+                yield Document(name, record.text, record.messages)
+    except PretrainError:
+        raise
+    except errors as error:
+        raise DataError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); try again, or copy it to "
+            "another disk."
+        ) from error
 
 
 def _open_root(config: DataConfig) -> tuple[Any, str]:

@@ -236,6 +236,13 @@ def test_a_file_that_vanished_is_named(corpus: Path) -> None:
         list(read_documents(part, config))
 
 
+def test_a_file_that_cannot_be_read_to_its_end_is_named(corpus: Path, web_server: str) -> None:
+    """Python's server gives no ranges, which fsspec wants of files beyond 5 MB."""
+    (corpus / "prose/large.txt").write_text("a line\n" * 1_000_000)
+    with pytest.raises(DataError, match=r"prose/large.txt cannot be read \(ValueError: The HTTP"):
+        read_all(files_config(web_server))
+
+
 def test_max_bytes_is_shared_by_size_and_ends_each_part(tmp_path: Path) -> None:
     line = json.dumps({"text": "0123456789"}) + "\n"
     (tmp_path / "large.jsonl").write_text(line * 300)
