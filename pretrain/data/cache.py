@@ -166,10 +166,9 @@ class ShardCache:
         Raises DataError if the remote file is missing, keeps failing, is not the expected one,
         or does not fit.
         """
-        key = hashlib.sha256(f"{url}\n{sha256}".encode()).hexdigest()
-        path = self._folder / f"{key}.tar"
+        path = self._path(url, sha256)
         # few locks shared by all shards, so that they need no clearing away
-        with self._locked(key[:2]):
+        with self._locked(path.name[:2]):
             # not asked first whether it is there: another shard may take its place at any moment
             with suppress(FileNotFoundError):
                 os.utime(path)
@@ -181,6 +180,14 @@ class ShardCache:
                 self._retry_wait_s,
             )
         return path
+
+    def forget(self, url: str, *, sha256: str) -> None:
+        """Remove the copy, which turned out to be damaged; the next fetch makes another."""
+        self._path(url, sha256).unlink(missing_ok=True)
+
+    def _path(self, url: str, sha256: str) -> Path:
+        key = hashlib.sha256(f"{url}\n{sha256}".encode()).hexdigest()
+        return self._folder / f"{key}.tar"
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:

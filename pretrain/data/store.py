@@ -197,6 +197,8 @@ class ShardStore:
         self._open: OrderedDict[tuple[int, int], ShardReader] = OrderedDict()
         self._quarantines = config.on_damage is OnDamage.quarantine
         self._damage: dict[tuple[int, int, int], str] = {}
+        # remote shards that are damaged where they come from: asked for once
+        self._unfit: dict[str, str] = {}
 
     def read_or_quarantine(self, source: int, shard: int, row: int) -> RowBytes | str:
         """One row; with data.on_damage=quarantine the name of its member if that is damaged.
@@ -234,7 +236,16 @@ class ShardStore:
         self._open.move_to_end(place)
         if len(self._open) > OPEN_SHARDS:
             self._open.popitem(last=False)[1].close()
-        return reader.read(row)
+        try:
+            return reader.read(row)
+        except DamageError as error:
+            location = self._location_of(reader.shard)
+            if self._cache is None or location in self._unfit:
+                raise
+            log.warning("%s The copy on this node is removed and made again.", error)
+            reader.close()
+            self._cache.forget(location, sha256=reader.shard.sha256)
+            return reader.read(row)
 
     def reader(self, source: int, shard: int) -> ShardReader:
         """A reader of its own for one shard."""
@@ -268,10 +279,22 @@ class ShardStore:
         self._open.clear()
 
     def _finder(self, shard: ShardManifest) -> Callable[[], Path]:
+        if self._cache is None:
+            return lambda: Path(self._location_of(shard))
+        return lambda: self._copy(shard)
+
+    def _copy(self, shard: ShardManifest) -> Path:
+        assert self._cache is not None
+        location = self._location_of(shard)
+        if location in self._unfit:
+            raise DamageError(self._unfit[location])
+        try:
+            return self._cache.fetch(location, sha256=shard.sha256, size=shard.bytes)
+        except DamageError as error:
+            self._unfit[location] = str(error)
+            raise
+
+    def _location_of(self, shard: ShardManifest) -> str:
         # the name of a source may hold spaces, #, % or letters that a URL has to escape
         is_web = self._location.startswith(("http://", "https://"))
-        location = f"{self._location}/{quote(shard.name) if is_web else shard.name}"
-        cache = self._cache
-        if cache is None:
-            return lambda: Path(location)
-        return lambda: cache.fetch(location, sha256=shard.sha256, size=shard.bytes)
+        return f"{self._location}/{quote(shard.name) if is_web else shard.name}"

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import tempfile
 import threading
+from collections import Counter
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from pretrain.compose import load, thaw, write_frozen
 from pretrain.data.cache import ATTEMPTS, ShardCache, folder_here, read_remote
-from pretrain.data.config import Corpus, DataConfig
+from pretrain.data.config import Corpus, DataConfig, OnDamage
 from pretrain.data.loader import stream_batches
 from pretrain.errors import ConfigError, DamageError, DataError, UnreachableError
 
@@ -236,6 +237,45 @@ def test_a_run_reads_the_same_rows_through_the_cache(make_shards, server, tmp_pa
     assert rows(remote) == rows(local)
     copies = list((tmp_path / "cache").glob("*.tar"))
     assert 0 < sum(copy.stat().st_size for copy in copies) <= 60_000
+
+
+def take(config, steps=12):
+    stream = stream_batches(config, seed=3, first_row=0, rows_per_step=4, rank=0, ranks=1)
+    read = list(islice(stream, steps))
+    stream.close()
+    return [batch.tokens_BS.tolist() for batch in read], sum(len(batch.lost) for batch in read)
+
+
+def spoil(folder):
+    for path in folder.rglob("*.tar"):
+        content = bytearray(path.read_bytes())
+        for at in range(600, len(content), 600):
+            content[at] ^= 4
+        path.write_bytes(content)
+
+
+def test_a_copy_that_a_disk_has_damaged_is_made_again(make_shards, server, caplog):
+    config = make_shards({"a": (60, None)}, on_damage=OnDamage.quarantine)
+    expected = take(config)
+    config.shards = server.url
+    assert take(config) == expected
+    spoil(Path(config.cache))
+    asked = len(server.requested)
+    assert take(config) == expected
+    assert len(set(server.requested[asked:])) == len(server.requested[asked:]) > 1
+    assert "is damaged: its CRC32 is" in caplog.text
+    assert "copy on this node is removed and made again" in caplog.text
+
+
+def test_a_shard_that_is_damaged_at_its_origin_is_asked_for_once(make_shards, server, monkeypatch):
+    monkeypatch.setattr("pretrain.data.cache.time.sleep", lambda _: None)
+    config = make_shards({"a": (60, None)}, on_damage=OnDamage.quarantine)
+    spoil(Path(config.shards))
+    config.shards = server.url
+    assert take(config)[1] == 48
+    asked = Counter(path for path in server.requested if path.endswith(".tar"))
+    # the thread that fetches ahead may ask at the same time
+    assert 0 < max(asked.values()) <= 2 * ATTEMPTS
 
 
 def test_the_folder_is_that_of_the_node_that_reads(tmp_path, monkeypatch):
