@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,9 @@ def _find(config: DataConfig, tokenizer_path: str) -> "Manifest | _Build":
     folder = Path(config.shards)
     settings = build_settings(config, tokenizer)
     if (folder / MANIFEST_FILE).exists():
-        return reuse(config, settings, folder)
+        manifest = reuse(config, settings, folder)
+        _sweep(folder)
+        return manifest
     parts = find_parts(config)
     for name in parts:
         if not name or name.startswith(".") or "/" in name or "\\" in name:
@@ -101,6 +103,16 @@ def _find(config: DataConfig, tokenizer_path: str) -> "Manifest | _Build":
                 "no dot."
             )
     return _Build(config, tokenizer_path, tokenizer, settings, parts)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what is left of a build that was killed as it cleared away."""
+    work = folder / WORK_FOLDER
+    if work.exists():
+        # not where another build is about to find these shards, or where this user may not write
+        with suppress(DataError), _locked(folder, fcntl.LOCK_EX):
+            log.info("removing what an earlier build has left: %s", work)
+            shutil.rmtree(work)
 
 
 class _Build:

@@ -253,6 +253,15 @@ def test_a_build_killed_while_shards_find_their_place_writes_none_again(
     assert tree(config.shards) == expected
 
 
+def test_a_build_killed_as_it_clears_away_leaves_nothing(config, tokenizer_folder, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", lambda _: None)
+        build(config, tokenizer_folder)
+    assert list((Path(config.shards) / ".build").rglob("*.tokens"))
+    build(config, tokenizer_folder)
+    assert not (Path(config.shards) / ".build").exists()
+
+
 def test_progress_counts_the_bytes_of_files_and_not_their_number(
     config, corpus, tokenizer_folder, monkeypatch, caplog
 ):
