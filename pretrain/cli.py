@@ -124,7 +124,7 @@ def _run(arguments: list[str]) -> int:
         return code
     except PretrainError as error:
         _say(f"{type(error).__name__}: {error}")
-        note_exit(error.exit_code, error, is_final=True)
+        note_exit(error.exit_code, error, is_final=error.is_final)
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

@@ -15,6 +15,8 @@ class PretrainError(Exception):
     """A mistake that the user can mend; printed without a traceback."""
 
     exit_code = EXIT_BUG
+    is_final = True
+    """Whether another life would end in the same way until somebody mends the cause."""
 
 
 class ConfigError(PretrainError):
@@ -31,6 +33,12 @@ class DataError(PretrainError):
 
 class DamageError(DataError):
     """Stored rows are missing or not what the manifest says; data.on_damage decides."""
+
+
+class UnreachableError(DataError):
+    """Data could not be had this time, which says nothing about it; another life may get it."""
+
+    is_final = False
 
 
 class CheckpointError(PretrainError):

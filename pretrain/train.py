@@ -68,6 +68,7 @@ from pretrain.loop.spikes import must_rewind
 from pretrain.loop.state import (
     TrainState,
     check_same_data,
+    check_same_on_all_ranks,
     check_same_tokenizer,
     last_step,
     total_tokens,
@@ -292,6 +293,7 @@ def _check_inputs(config: TrainConfig, world: World) -> _Inputs:
     """Shards, tokenizer and checkpoint; they must belong together and to this configuration."""
     config.batch.micro_steps(context=config.model.context, ranks=world.size)
     identity, held_out, order, sampler = on_all_ranks(world, lambda: _check_data(config, world))
+    check_same_on_all_ranks(world.gather_objects(identity))
     digits = on_all_ranks(world, lambda: find_digits(config))
     run_dir = Path(config.run.dir)
     rewinds = world.broadcast_object(
@@ -307,6 +309,8 @@ def _check_inputs(config: TrainConfig, world: World) -> _Inputs:
         check_same_data(saved, identity["data_fingerprint"], config.data.shards)
         state = TrainState.from_dict(saved["train"])
         identity |= {key: saved[key] for key in ("adopted_from",) if key in saved}
+    # of the whole life: the steps so far may have had another size
+    check_epochs(config.data, order, total_tokens(config, state) // config.model.context)
     return _Inputs(identity, held_out, order, sampler, newest, state, rewinds, digits)
 
 
@@ -338,7 +342,6 @@ def _check_data(config: TrainConfig, world: World) -> tuple[dict[str, str], Batc
         tokenizer_sha256=tokenizer.sha256,
     )
     order = train_order(config.data, manifest, config.run.seed)
-    check_epochs(config.data, manifest, order, config.total_steps * config.rows_per_step)
     held_out = valid_rows(
         config.data, rows=config.validation.rows, rank=world.rank, ranks=world.size
     )

@@ -12,6 +12,8 @@ import pytest
 from lives import Life
 
 from conftest import SMALL, run_cli, weights_of
+from pretrain.compose import load
+from pretrain.data.store import open_manifest, train_order
 from pretrain.engine import fragments
 from pretrain.testing import start_commands
 
@@ -244,6 +246,22 @@ def test_damaged_rewinds_are_refused_by_every_rank_before_anything_changes(
     assert "rewinds.jsonl is damaged" in life.said(0)
     assert "Traceback" not in life.said()
     assert not (run_dir / "config.yaml").exists()
+
+
+def test_epochs_are_those_of_the_rows_that_the_run_reads(workspace: Path) -> None:
+    """Not of its steps times their size now: 64 rows and one step of 32 here, not 5 x 32."""
+    config = load("train", [f"data.shards={workspace}/out/data/small-tiny", *SMALL])
+    order = train_order(config.data, open_manifest(config.data), config.run.seed)
+    limit = order.epochs(120)[0]
+    sources = f"+data.sources={{prose: {{max_epochs: {limit}}}, sums: {{}}}}"
+    done = run_cli(workspace, "train", *SMALL, "run.name=epochs", sources, "run.steps=4")
+    assert done.returncode == 0, done.stderr
+    larger = ["batch.global_tokens=1024", "batch.micro_rows=8"]
+    done = run_cli(workspace, "train", "run.dir=out/runs/epochs", "run.steps=5", *larger)
+    assert done.returncode == 0, done.stderr
+    done = run_cli(workspace, "train", "run.dir=out/runs/epochs", "run.steps=7", *larger)
+    assert done.returncode == 64
+    assert "but 160 rows of this mixture read its" in done.stderr
 
 
 def test_another_batch_size_goes_on_from_the_consumed_rows(workspace: Path) -> None:

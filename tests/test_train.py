@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from conftest import SMALL, run_cli, weights_of
 from pretrain.loop.lineage import read_lives
+from pretrain.testing import start_commands
 
 STEADY = ["loss/nats", "gradient/norm", "optimizer/learning_rate", "data/checksum", "depth/mean"]
 
@@ -204,6 +206,31 @@ def test_a_run_on_two_ranks_resumes_on_one(workspace: Path, finished: Path) -> N
     steps = read_steps(workspace / "out/runs" / name)
     assert list(steps) == [1, 2, 3, 4, 5, 6]
     assert steps[5][3:] == read_steps(finished)[5][3:]
+
+
+def _put_rank_1(elsewhere: Path) -> None:
+    if os.environ["RANK"] == "1":
+        os.chdir(elsewhere)
+
+
+def test_ranks_with_other_shards_do_not_train_together(workspace: Path, tmp_path: Path) -> None:
+    """A folder of a node's own disk may be left from an earlier build."""
+    there = tmp_path / "node"
+    shutil.copytree(workspace / "out/tokenizer", there / "out/tokenizer")
+    shutil.copytree(workspace / "text/sums", there / "text/sums")
+    assert run_cli(there, "data", "build", *SMALL).returncode == 0
+    processes = start_commands(
+        2, ["train", *SMALL, f"run.dir={tmp_path}/run"],
+        cwd=workspace, output=tmp_path / "said", before=partial(_put_rank_1, there),
+    )  # fmt: skip
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [65, 65]
+    for rank in range(2):
+        assert (
+            "DataError: rank 1 has data_fingerprint " in (tmp_path / f"said/{rank}.txt").read_text()
+        )
+    assert not (tmp_path / "run/config.yaml").exists()
 
 
 @pytest.mark.faults

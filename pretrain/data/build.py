@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import Any
@@ -92,14 +92,27 @@ def _find(config: DataConfig, tokenizer_path: str) -> "Manifest | _Build":
     folder = Path(config.shards)
     settings = build_settings(config, tokenizer)
     if (folder / MANIFEST_FILE).exists():
-        return reuse(config, settings, folder)
+        manifest = reuse(config, settings, folder)
+        _sweep(folder)
+        return manifest
     parts = find_parts(config)
     for name in parts:
-        if name.startswith(".") or "/" in name or "\\" in name:
+        if not name or name.startswith(".") or "/" in name or "\\" in name:
             raise ConfigError(
-                f"Source {name!r} names a folder; it may hold no / and start with no dot."
+                f"Source {name!r} names a folder; it may not be empty, hold no /, and start with "
+                "no dot."
             )
     return _Build(config, tokenizer_path, tokenizer, settings, parts)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what is left of a build that was killed as it cleared away."""
+    work = folder / WORK_FOLDER
+    if work.exists():
+        # not where another build is about to find these shards, or where this user may not write
+        with suppress(DataError), _locked(folder, fcntl.LOCK_EX):
+            log.info("removing what an earlier build has left: %s", work)
+            shutil.rmtree(work)
 
 
 class _Build:
@@ -125,6 +138,9 @@ class _Build:
         self._work = self._folder / WORK_FOLDER / hashlib.sha256(key.encode()).hexdigest()[:16]
 
     def run(self) -> Manifest:
+        if self._is_overtaken():
+            shutil.rmtree(self._folder / WORK_FOLDER)
+            return reuse(self._config, self._settings, self._folder)
         self._clear_others()
         self._work.mkdir(parents=True, exist_ok=True)
         records = self._tokenize([part for own in self._parts.values() for part in own])
@@ -149,6 +165,9 @@ class _Build:
 
     def run_share(self) -> None:
         """Leave the tokenized parts of one job of several where `run` finds them."""
+        if self._is_overtaken():
+            reuse(self._config, self._settings, self._folder)
+            return
         task, tasks = self._config.build_task, self._config.build_tasks
         self._work.mkdir(parents=True, exist_ok=True)
         # dealt by size, whatever is done already: every job must come to the same shares
@@ -158,6 +177,10 @@ class _Build:
         )
         records = self._tokenize(dealt[task::tasks])
         log.info("job %s of %d: %d of %d parts are there", task, tasks, len(records), len(dealt))
+
+    def _is_overtaken(self) -> bool:
+        """Whether another build has finished here before this one had the lock."""
+        return (self._folder / MANIFEST_FILE).exists()
 
     def _clear_others(self) -> None:
         for other in self._work.parent.iterdir():
@@ -295,15 +318,20 @@ class _Build:
 @contextmanager
 def _locked(folder: Path, kind: int) -> Iterator[None]:
     """One build at a time in a folder (LOCK_EX), or jobs that share one (LOCK_SH)."""
-    work = folder / WORK_FOLDER
-    work.mkdir(parents=True, exist_ok=True)
-    with open(folder / WORK_FOLDER / "lock", "w") as file:
+    with ExitStack() as stack:
         try:
+            (folder / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(folder / WORK_FOLDER / "lock", "w"))
             fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DataError(
                 f"Another process builds shards in {folder}; wait for it, or end it."
             ) from None
+        except OSError as error:
+            raise DataError(
+                f"Shards cannot be built in {folder}: {error.strerror}. It must be a folder that "
+                "this user may write and lock; choose another data.shards."
+            ) from error
         yield
 
 

@@ -14,18 +14,27 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from errno import ENOSPC
+from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, TypeVar
 
-from pretrain.errors import ConfigError, DamageError, DataError
+from pretrain.errors import (
+    ConfigError,
+    DamageError,
+    DataError,
+    PretrainError,
+    UnreachableError,
+)
 
 log = logging.getLogger(__name__)
 
+Content = TypeVar("Content")
+
 ATTEMPTS = 5
+RETRY_WAIT_S = 1.0
 TIMEOUT_S = 60.0
 CHUNK_BYTES = 1 << 20
 STALE_S = 24 * 3600.0
@@ -36,9 +45,37 @@ def is_url(location: str) -> bool:
     return "://" in location
 
 
-def read_remote(url: str) -> bytes:
+def read_remote(url: str, *, retry_wait_s: float = RETRY_WAIT_S) -> bytes:
     """A small remote file. Raises DataError if it cannot be read."""
-    return b"".join(_chunks(url))
+    return _try_often(url, lambda: b"".join(_chunks(url)), retry_wait_s)
+
+
+class _WrongContentError(Exception):
+    """What arrived is not what was asked for."""
+
+
+def _try_often(url: str, attempt: Callable[[], Content], wait_s: float) -> Content:
+    """What the first attempt gives that may succeed; waits grow from about `wait_s`.
+
+    Raises DamageError if wrong content came, UnreachableError if none, and DataError at once for
+    what will not pass.
+    """
+    for number in range(1, ATTEMPTS + 1):
+        try:
+            return attempt()
+        except _WrongContentError as error:
+            # what arrives but is wrong is damage; what does not arrive says nothing about the shard
+            kind: type[DataError] = DamageError
+            problem = str(error)
+        except OSError as error:
+            kind, problem = UnreachableError, f"{type(error).__name__}: {error}"
+        log.warning("%s: %s (attempt %d of %d)", url, problem, number, ATTEMPTS)
+        if number < ATTEMPTS:
+            time.sleep(wait_s * 2 ** (number - 1) * random.SystemRandom().uniform(0.5, 1.5))
+    raise kind(
+        f"{url} could not be copied in {ATTEMPTS} attempts: {problem}. Check the network and that "
+        "the manifest belongs to these shards."
+    )
 
 
 def _chunks(url: str) -> Iterator[bytes]:
@@ -53,10 +90,17 @@ def _chunks(url: str) -> Iterator[bytes]:
         # 408 and 429 ask for another try, 5xx are the server's trouble
         if error.code in (408, 429) or error.code >= 500:
             raise
-        raise DataError(
+        kind = DamageError if error.code in (404, 410) else DataError
+        raise kind(
             f"{url}: the server says {error.code} {error.reason}; check data.shards and whether "
             "this node may read it."
         ) from error
+    except (OSError, PretrainError):
+        raise
+    except Exception as error:
+        # http.client, aiohttp and botocore have errors of their own for a server that is away or
+        # hangs up
+        raise ConnectionError(f"{type(error).__name__}: {error}") from error
 
 
 @contextmanager
@@ -64,6 +108,8 @@ def _open(url: str) -> Iterator[Any]:
     if url.startswith(("http://", "https://")):
         with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
             yield response
+            if response.length:
+                raise ConnectionError(f"the last {response.length} bytes did not come")
         return
     import fsspec
 
@@ -99,11 +145,20 @@ def folder_here(cache: str) -> Path:
 class ShardCache:
     """A folder of verified copies, the least recently used of which go first."""
 
-    def __init__(self, folder: Path, capacity_bytes: int, *, retry_wait_s: float = 1.0) -> None:
+    def __init__(
+        self, folder: Path, capacity_bytes: int, *, retry_wait_s: float = RETRY_WAIT_S
+    ) -> None:
+        """Raises ConfigError if there can be no such folder."""
         self._folder = folder
         self._capacity_bytes = capacity_bytes
         self._retry_wait_s = retry_wait_s
-        (folder / "locks").mkdir(parents=True, exist_ok=True)
+        try:
+            (folder / "locks").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"data.cache={folder}: {error.strerror} on {os.uname().nodename}; give a folder "
+                "that can be written there."
+            ) from error
 
     def fetch(self, url: str, *, sha256: str, size: int) -> Path:
         """Path of the local copy, downloaded if there is none.
@@ -111,16 +166,28 @@ class ShardCache:
         Raises DataError if the remote file is missing, keeps failing, is not the expected one,
         or does not fit.
         """
-        key = hashlib.sha256(f"{url}\n{sha256}".encode()).hexdigest()
-        path = self._folder / f"{key}.tar"
+        path = self._path(url, sha256)
         # few locks shared by all shards, so that they need no clearing away
-        with self._locked(key[:2]):
-            if path.exists():
+        with self._locked(path.name[:2]):
+            # not asked first whether it is there: another shard may take its place at any moment
+            with suppress(FileNotFoundError):
                 os.utime(path)
                 return path
             self._check_capacity(size)
-            self._download(url, path, sha256=sha256, size=size)
+            _try_often(
+                url,
+                lambda: self._download(url, path, sha256=sha256, size=size),
+                self._retry_wait_s,
+            )
         return path
+
+    def forget(self, url: str, *, sha256: str) -> None:
+        """Remove the copy, which turned out to be damaged; the next fetch makes another."""
+        self._path(url, sha256).unlink(missing_ok=True)
+
+    def _path(self, url: str, sha256: str) -> Path:
+        key = hashlib.sha256(f"{url}\n{sha256}".encode()).hexdigest()
+        return self._folder / f"{key}.tar"
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
@@ -158,26 +225,7 @@ class ShardCache:
             os.replace(temporary, path)
 
     def _download(self, url: str, path: Path, *, sha256: str, size: int) -> None:
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                self._try_download(url, path, sha256=sha256, size=size)
-                return
-            except DamageError as error:
-                problem: DataError = error
-            except OSError as error:
-                problem = DataError(f"{type(error).__name__}: {error}")
-            log.warning("%s: %s (attempt %d of %d)", url, problem, attempt, ATTEMPTS)
-            if attempt < ATTEMPTS:
-                wait_s = self._retry_wait_s * 2 ** (attempt - 1)
-                time.sleep(wait_s * random.SystemRandom().uniform(0.5, 1.5))
-        # what arrives but is wrong is damage; what does not arrive says nothing about the shard
-        raise type(problem)(
-            f"{url} could not be copied in {ATTEMPTS} attempts: {problem}. Check the network and "
-            "that the manifest belongs to these shards."
-        )
-
-    def _try_download(self, url: str, path: Path, *, sha256: str, size: int) -> None:
-        """Raises DamageError for another content, OSError for what may pass."""
+        """Raises _WrongContentError for another content, OSError for what may pass."""
         # named without a process id: under the lock there is one writer, and it starts anew
         temporary = path.with_suffix(".part")
         digest, received = hashlib.sha256(), 0
@@ -190,13 +238,13 @@ class ShardCache:
                 output.flush()
                 os.fsync(output.fileno())
             if received != size or digest.hexdigest() != sha256:
-                raise DamageError(
+                raise _WrongContentError(
                     f"received {received} bytes with sha256 {digest.hexdigest()[:16]}..., "
                     f"the manifest says {size} with {sha256[:16]}..."
                 )
             self._publish(temporary, path, size)
         except OSError as error:
-            if error.errno == ENOSPC:
+            if error.errno in (ENOSPC, EDQUOT):
                 free = shutil.disk_usage(self._folder).free
                 raise DataError(
                     f"No space for {url} in data.cache={self._folder}: {size} bytes needed, {free} "

@@ -140,12 +140,12 @@ class Manifest:
             raw["tokenizer"] = TokenizerManifest(**raw["tokenizer"])
             fingerprint = hashlib.sha256(content).hexdigest()
             manifest = cls(**raw, fingerprint=fingerprint)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            _check(manifest, origin)
+        except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
             raise DataError(
                 f"{origin} is damaged ({type(error).__name__}: {error}); copy it again from where "
                 "it was built, or remove the folder and build again."
             ) from error
-        _check(manifest, origin)
         return manifest
 
 

@@ -5,6 +5,7 @@ which says that the two are whole. Neither torch nor webdataset is imported: wor
 """
 
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -116,7 +117,10 @@ def encode_part(job: PartJob) -> PartRecord:
         output.flush()
         os.fsync(output.fileno())
     documents_table = np.array(table, dtype=np.int64).reshape(-1, 2)
-    np.save(files.documents, documents_table, allow_pickle=False)
+    # not into the file itself: numpy's error does not say so if the disk is full
+    in_memory = io.BytesIO()
+    np.save(in_memory, documents_table, allow_pickle=False)
+    commit(files.documents, in_memory.getvalue())
     record = PartRecord(
         tokens=int(documents_table[:, 0].sum()),
         documents=len(table),

@@ -59,5 +59,5 @@ class Prefetch:
                 source, shard = self._wanted.popleft()
             try:
                 self._store.fetch(source, shard)
-            except DataError as error:
+            except (DataError, OSError) as error:
                 log.debug("not prefetched: %s", error)

@@ -23,6 +23,8 @@ BLOCK_BYTES = 1 << 20
 TEXT_FILE_CHARACTERS = 1 << 20
 MESSAGES_KEY = "messages"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# What `zstd --long=31` makes, as some published corpora are; the library's limit is 128 MiB.
+ZSTANDARD_WINDOW_BYTES = 1 << 31
 
 
 class Record(NamedTuple):
@@ -87,7 +89,7 @@ def _skip_byte_order_mark(line: bytes) -> tuple[int, bytes]:
 def _parse(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"{where}: is not JSON ({error}): {line[:60]!r}...; correct or remove the line."
         ) from error
@@ -131,13 +133,17 @@ class _ZstandardStream(io.RawIOBase):
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._frame = self._next_frame()
         self._is_between_frames = True
         self._packed = b""
         self._ready = memoryview(b"")
 
     def readable(self) -> bool:
         return True
+
+    @staticmethod
+    def _next_frame() -> Any:
+        return zstandard.ZstdDecompressor(max_window_size=ZSTANDARD_WINDOW_BYTES).decompressobj()
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
@@ -150,7 +156,7 @@ class _ZstandardStream(io.RawIOBase):
             self._is_between_frames = self._frame.eof
             self._packed = self._frame.unused_data if self._frame.eof else b""
             if self._frame.eof:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
+                self._frame = self._next_frame()
         length = min(len(buffer), len(self._ready))
         buffer[:length] = self._ready[:length]
         self._ready = self._ready[length:]
@@ -215,8 +221,8 @@ def _missing_key(where: str, text_key: str, keys: list[str]) -> DataError:
 
 def _not_utf8(where: str, offset: int, byte: int) -> DataError:
     return DataError(
-        f"{where}: byte {offset} (0x{byte:02x}) is not UTF-8; convert the file, for example with "
-        "`iconv -f LATIN1 -t UTF-8`, or remove it."
+        f"{where}: byte {offset} (0x{byte:02x}) is not UTF-8; convert the file with `iconv -f "
+        "ENCODING -t UTF-8` (often LATIN1; UTF-16 if its first byte is 0xff or 0xfe), or remove it."
     )
 
 

@@ -8,7 +8,8 @@ pairs have one size (the last may have fewer rows), so a row's place is arithmet
 import hashlib
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pretrain.data.manifest import Manifest, ShardManifest
-from pretrain.errors import DamageError
+from pretrain.errors import DamageError, UnreachableError
 
 TAR_BLOCK = 512
 # tarfile fills the end of an archive up to this
@@ -156,7 +157,8 @@ class ShardReader:
         return content
 
     def _bytes(self, offset: int, size: int) -> bytes:
-        content = os.pread(self._descriptor(), size, offset)
+        with self._naming_the_file():
+            content = os.pread(self._descriptor(), size, offset)
         if len(content) != size:
             raise DamageError(
                 f"{self.shard.name}: {size} bytes wanted at offset {offset}, {len(content)} there; "
@@ -166,9 +168,22 @@ class ShardReader:
 
     def sha256(self) -> str:
         """Of the whole file as it is."""
-        with open(self._descriptor(), "rb", closefd=False) as file:
+        with (
+            self._naming_the_file(),
+            open(self._descriptor(), "rb", closefd=False) as file,
+        ):
             file.seek(0)
             return hashlib.file_digest(file, "sha256").hexdigest()
+
+    @contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UnreachableError(
+                f"{self.shard.name} cannot be read: {error}. Look at that disk or mount of "
+                f"{os.uname().nodename}; the shard itself may be whole."
+            ) from error
 
     def _descriptor(self) -> int:
         if self._file is None:
@@ -190,7 +205,7 @@ class ShardReader:
             path = self._find()
             try:
                 return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 continue
         raise DamageError(
             f"{self.shard.name} is missing (looked at {path}); copy it again from where the shards "

@@ -1,19 +1,21 @@
 """Where documents come from: text at hand, generated sums, or files below a folder or URL."""
 
 import logging
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from pretrain.data import addition, embedded
 from pretrain.data.config import Corpus, DataConfig
 from pretrain.data.documents import Document, Part, number_parts
 from pretrain.data.records import READERS, reader_of
-from pretrain.errors import DataError
+from pretrain.errors import ConfigError, DataError, PretrainError
 
 __all__ = ["Document", "Part", "find_parts", "read_documents"]
 
@@ -56,7 +58,7 @@ def _held_out_paths(parts: dict[str, list[Part]], config: DataConfig) -> set[str
     """The files that data.valid_paths names."""
     paths, held_out = [part.path for own in parts.values() for part in own], set()
     for pattern in config.valid_paths:
-        matched = set(filter(re.compile(glob_translate(pattern)).match, paths))
+        matched = set(filter(_compile(pattern).match, paths))
         if not matched:
             raise DataError(
                 f"data.valid_paths: {pattern} matches none of the {len(paths)} files of the "
@@ -109,10 +111,20 @@ def _read_file(part: Part, config: DataConfig) -> Iterator[Document]:
         file = system.open(path, "rb")
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}; the corpus lost a file.") from error
-    with file:
-        for record in reader(file, path, text_key):
-            name = f"{part.source}/{part.path}#{record.number}"
-            yield Document(name, record.text, record.messages)
+    # what stores raise, their libraries decide
+    errors = OSError if isinstance(system, LocalFileSystem) else Exception
+    try:
+        with file:
+            for record in reader(file, path, text_key):
+                name = f"{part.source}/{part.path}#{record.number}"
+                yield Document(name, record.text, record.messages)
+    except PretrainError:
+        raise
+    except errors as error:
+        raise DataError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); try again, or copy it to "
+            "another disk."
+        ) from error
 
 
 def _open_root(config: DataConfig) -> tuple[Any, str]:
@@ -131,9 +143,68 @@ def _list_files(config: DataConfig) -> dict[str, int]:
     system, root = _open_root(config)
     if not system.isdir(root):
         raise DataError(f"data.root={config.root} is no folder; set it to the one with the text.")
-    found = system.find(root, detail=True)
-    relative = {path[len(root) + 1 :]: int(info["size"] or 0) for path, info in found.items()}
-    return {path: relative[path] for path in sorted(relative) if not _is_hidden(path)}
+    found = dict(sorted(_walk(system, root, root, [os.path.realpath(root)])))
+    _check_names(config, found)
+    # a web server lists names alone
+    unknown = [path for path, size in found.items() if size is None and reader_of(path)]
+    sizes = dict(zip(unknown, system.sizes([f"{root}/{path}" for path in unknown]), strict=True))
+    if unsaid := [path for path, size in sizes.items() if size is None]:
+        raise DataError(
+            f"data.root={config.root}: the server does not say how long {unsaid[0]} is; copy the "
+            "text into a folder."
+        )
+    return {path: int(size or 0) for path, size in (found | sizes).items()}
+
+
+def _walk(
+    system: Any, root: str, folder: str, walked: list[str]
+) -> Iterator[tuple[str, int | None]]:
+    """Files below a folder of the root and their bytes, if those are known; links are followed.
+
+    `walked`: where folders that were entered really are. Raises DataError if text would be read
+    twice.
+    """
+    for path, info in system.find(folder, detail=True).items():
+        name = path[len(root) + 1 :]
+        if _is_hidden(name):
+            continue
+        if not (info.get("islink") and system.isdir(path)):
+            yield name, info["size"]
+            continue
+        target = os.path.realpath(path)
+        if any(_is_below(target, other) for other in walked):
+            log.warning("left out %s: it links to %s, which is read already", path, target)
+            continue
+        if inner := [other for other in walked if _is_below(other, target)]:
+            raise DataError(
+                f"{path} links to {target}, of which {inner[0]} is read already; remove one of the "
+                "two."
+            )
+        walked.append(target)
+        yield from _walk(system, root, path, walked)
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(f"{folder}/")
+
+
+def _check_names(config: DataConfig, files: Iterable[str]) -> None:
+    """Ids of documents are UTF-8, and have the file's name in them."""
+    for path in files:
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            if reader_of(path):
+                raise DataError(
+                    f"data.root={config.root}: the name {path!r} is not UTF-8; rename the file."
+                ) from None
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(glob_translate(pattern))
+    except (ValueError, re.error) as error:
+        raise ConfigError(f"The glob {pattern} of data is none: {error}.") from error
 
 
 def _is_hidden(path: str) -> bool:
@@ -147,8 +218,7 @@ def _matching(name: str, config: DataConfig, files: dict[str, int]) -> dict[str,
     """
     source, ignored, matched = config.sources[name], 0, {}
     for pattern in source.paths:
-        matches = re.compile(glob_translate(pattern)).match
-        for path in filter(matches, files):
+        for path in filter(_compile(pattern).match, files):
             if reader_of(path) is not None:
                 matched[path] = files[path]
             elif pattern.endswith("/*") or pattern.endswith("/**"):

@@ -4,6 +4,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from pretrain.data.cache import ShardCache, folder_here, is_url, read_remote
 from pretrain.data.config import DataConfig, OnDamage
@@ -26,11 +27,7 @@ def open_manifest(config: DataConfig) -> Manifest:
     """
     if is_url(config.shards):
         url = f"{config.shards.rstrip('/')}/{MANIFEST_FILE}"
-        try:
-            content = read_remote(url)
-        except OSError as error:
-            raise DataError(f"{url} cannot be read: {error}. Check the network.") from error
-        manifest = Manifest.from_bytes(content, url)
+        manifest = Manifest.from_bytes(read_remote(url), url)
     else:
         manifest = read_manifest(Path(config.shards))
     if manifest.context != config.context:
@@ -137,18 +134,18 @@ def _milestones(config: DataConfig, names: list[str]) -> list[tuple[int, dict[st
 _USUAL_EPOCHS = 4.0
 
 
-def check_epochs(config: DataConfig, manifest: Manifest, order: Order, rows: int) -> None:
+def check_epochs(config: DataConfig, order: Order, rows: int) -> None:
     """Refuse a run of so many rows that would read a source more often than it may.
 
     Raises ConfigError; warns of sources that are read often and have no limit.
     """
-    for source, epochs in zip(manifest.sources, order.epochs(rows), strict=True):
+    for source, epochs in zip(order.sources, order.epochs(rows), strict=True):
         configured = config.sources.get(source.name)
         limit = None if configured is None else configured.max_epochs
         if limit is not None and epochs > limit:
             raise ConfigError(
                 f"data.sources.{source.name}.max_epochs={limit:g}, but {rows:,} rows of this "
-                f"mixture read its {source.totals('train').rows:,} rows {epochs:.2f} times. Give "
+                f"mixture read its {source.rows:,} rows {epochs:.2f} times. Give "
                 "it a smaller weight, or more text, or shorten the run."
             )
         if limit is None and epochs > _USUAL_EPOCHS:
@@ -200,6 +197,8 @@ class ShardStore:
         self._open: OrderedDict[tuple[int, int], ShardReader] = OrderedDict()
         self._quarantines = config.on_damage is OnDamage.quarantine
         self._damage: dict[tuple[int, int, int], str] = {}
+        # remote shards that are damaged where they come from: asked for once
+        self._unfit: dict[str, str] = {}
 
     def read_or_quarantine(self, source: int, shard: int, row: int) -> RowBytes | str:
         """One row; with data.on_damage=quarantine the name of its member if that is damaged.
@@ -237,7 +236,16 @@ class ShardStore:
         self._open.move_to_end(place)
         if len(self._open) > OPEN_SHARDS:
             self._open.popitem(last=False)[1].close()
-        return reader.read(row)
+        try:
+            return reader.read(row)
+        except DamageError as error:
+            location = self._location_of(reader.shard)
+            if self._cache is None or location in self._unfit:
+                raise
+            log.warning("%s The copy on this node is removed and made again.", error)
+            reader.close()
+            self._cache.forget(location, sha256=reader.shard.sha256)
+            return reader.read(row)
 
     def reader(self, source: int, shard: int) -> ShardReader:
         """A reader of its own for one shard."""
@@ -271,8 +279,22 @@ class ShardStore:
         self._open.clear()
 
     def _finder(self, shard: ShardManifest) -> Callable[[], Path]:
-        location = f"{self._location}/{shard.name}"
-        cache = self._cache
-        if cache is None:
-            return lambda: Path(location)
-        return lambda: cache.fetch(location, sha256=shard.sha256, size=shard.bytes)
+        if self._cache is None:
+            return lambda: Path(self._location_of(shard))
+        return lambda: self._copy(shard)
+
+    def _copy(self, shard: ShardManifest) -> Path:
+        assert self._cache is not None
+        location = self._location_of(shard)
+        if location in self._unfit:
+            raise DamageError(self._unfit[location])
+        try:
+            return self._cache.fetch(location, sha256=shard.sha256, size=shard.bytes)
+        except DamageError as error:
+            self._unfit[location] = str(error)
+            raise
+
+    def _location_of(self, shard: ShardManifest) -> str:
+        # the name of a source may hold spaces, #, % or letters that a URL has to escape
+        is_web = self._location.startswith(("http://", "https://"))
+        return f"{self._location}/{quote(shard.name) if is_web else shard.name}"

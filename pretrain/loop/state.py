@@ -1,6 +1,7 @@
 """How far a run is: the few numbers that, with the configuration, name every later step."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pretrain.config import TrainConfig
@@ -55,6 +56,21 @@ def last_step(config: TrainConfig, state: TrainState) -> int:
 def total_tokens(config: TrainConfig, state: TrainState) -> int:
     """Tokens of the whole run: those consumed, and those of the steps to come."""
     return state.tokens + (last_step(config, state) - state.step) * config.batch.global_tokens
+
+
+def check_same_on_all_ranks(everyone: Sequence[Mapping[str, str]]) -> None:
+    """Raise DataError if a rank has other shards or another tokenizer than rank 0.
+
+    `everyone`: their hashes, by rank. Folders of one name may differ from node to node.
+    """
+    for rank, identity in enumerate(everyone):
+        for key, known in everyone[0].items():
+            if identity[key] != known:
+                raise DataError(
+                    f"rank {rank} has {key} {identity[key][:12]}, rank 0 has {known[:12]}: a "
+                    "folder of the same name holds something else on that node. Copy data.shards "
+                    "and tokenizer.path of one node to all, or name a place that they share."
+                )
 
 
 def check_same_data(saved: dict[str, Any], fingerprint: str, shards: str) -> None:

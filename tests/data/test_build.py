@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -252,6 +253,15 @@ def test_a_build_killed_while_shards_find_their_place_writes_none_again(
     assert tree(config.shards) == expected
 
 
+def test_a_build_killed_as_it_clears_away_leaves_nothing(config, tokenizer_folder, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", lambda _: None)
+        build(config, tokenizer_folder)
+    assert list((Path(config.shards) / ".build").rglob("*.tokens"))
+    build(config, tokenizer_folder)
+    assert not (Path(config.shards) / ".build").exists()
+
+
 def test_progress_counts_the_bytes_of_files_and_not_their_number(
     config, corpus, tokenizer_folder, monkeypatch, caplog
 ):
@@ -339,6 +349,32 @@ def test_a_full_disk_is_told_with_what_is_free(tmp_path):
         Path("/dev/full").write_bytes(b"x")
 
 
+def test_a_disk_that_fills_up_anywhere_is_told_and_built_on(
+    config, corpus, tokenizer_folder, tmp_path, monkeypatch
+):
+    """Some of these sizes end in the tokens of a part, some in its table of documents."""
+    (corpus / "notes/short.jsonl").write_text('{"text": "a"}\n' * 4_000)
+    build(config, tokenizer_folder)
+    expected = tree(config.shards)
+    monkeypatch.setattr(_Build, "_check_space", lambda *_: None)
+    config.shards = str(tmp_path / "disk")
+    Path(config.shards).mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", config.shards], check=False
+    )
+    if mounted.returncode:
+        pytest.skip("this user may not mount a disk")
+    try:
+        for size in (*range(20, 300, 4), 2_000):
+            subprocess.run(["mount", "-o", f"remount,size={size}k", config.shards], check=True)
+            # while it is too small; anything but this error fails the test
+            with suppress(DataError):
+                build(config, tokenizer_folder)
+        assert tree(config.shards) == expected
+    finally:
+        subprocess.run(["umount", "--lazy", config.shards], check=True)
+
+
 def test_too_small_a_disk_is_told_before_it_is_full(config, tokenizer_folder, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 0, 10))
     with pytest.raises(DataError, match=r"need about \d+ more bytes, .* has 10 free"):
@@ -354,6 +390,40 @@ def test_one_build_at_a_time(config, tokenizer_folder):
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(DataError, match="Another process builds shards"):
             build(config, tokenizer_folder)
+
+
+@pytest.mark.parametrize("command", [build, build_share])
+def test_a_build_that_another_overtakes_leaves_its_shards_alone(
+    config, tokenizer_folder, monkeypatch, command
+):
+    """It looks for its text, which may take long, before it locks the folder."""
+    slow = dataclasses.replace(config, context=31, build_tasks=2)
+    if command is build_share:
+        slow.build_task = 0
+
+    def find_parts_while_another_builds(asked):
+        parts = find_parts(asked)
+        if asked is slow:
+            build(config, tokenizer_folder)
+        return parts
+
+    monkeypatch.setattr("pretrain.data.build.find_parts", find_parts_while_another_builds)
+    with pytest.raises(DataError, match=r"data\.context: built with 63, now 31"):
+        command(slow, tokenizer_folder)
+    assert read_manifest(Path(config.shards)).context == 63
+
+
+def test_a_place_that_is_no_folder_is_refused(config, tokenizer_folder):
+    Path(config.shards).write_text("a file")
+    with pytest.raises(DataError, match=r"Shards cannot be built in .*: Not a directory"):
+        build(config, tokenizer_folder)
+
+
+@pytest.mark.parametrize("name", ["", ".hidden", "a/b"])
+def test_a_source_whose_name_is_no_folder_is_refused(config, tokenizer_folder, name):
+    config.sources = {name: SourceConfig(paths=["books/*"])}
+    with pytest.raises(ConfigError, match=f"Source {name!r} names a folder"):
+        build(config, tokenizer_folder)
 
 
 def test_bad_text_stops_a_parallel_build_with_its_place(config, corpus, tokenizer_folder):

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import tempfile
 import threading
-import urllib.error
+from collections import Counter
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -15,13 +15,15 @@ import pytest
 
 from pretrain.compose import load, thaw, write_frozen
 from pretrain.data.cache import ATTEMPTS, ShardCache, folder_here, read_remote
-from pretrain.data.config import Corpus, DataConfig
+from pretrain.data.config import Corpus, DataConfig, OnDamage
 from pretrain.data.loader import stream_batches
-from pretrain.errors import ConfigError, DataError
+from pretrain.errors import ConfigError, DamageError, DataError, UnreachableError
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
     """Serves a folder, counts requests, and fails as often as it is told to."""
+
+    protocol_version = "HTTP/1.1"
 
     def do_GET(self):
         server = self.server
@@ -33,10 +35,18 @@ class Handler(http.server.SimpleHTTPRequestHandler):
                 return
             # promise more than is sent, then hang up
             content = Path(self.translate_path(self.path)).read_bytes()
+            self.close_connection = True
+            if failure == "no http":
+                self.wfile.write(b"what?\r\n\r\n")
+                return
             self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
+            if failure == "cut off in a chunk":
+                self.send_header("Transfer-Encoding", "chunked")
+                content = b"%x\r\n%b" % (len(content), content)
+            else:
+                self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(content[:100])
+            self.wfile.write(content[:20])
             return
         super().do_GET()
 
@@ -87,7 +97,10 @@ def test_the_same_url_with_another_content_is_another_copy(server, tmp_path):
     assert new.stat().st_size == new_size["size"]
 
 
-@pytest.mark.parametrize("failure", [503, 429, "cut off"])
+PASSING = [503, 429, "cut off", "cut off in a chunk", "no http"]
+
+
+@pytest.mark.parametrize("failure", PASSING)
 def test_what_may_pass_is_tried_again(server, tmp_path, failure):
     expected = publish(tmp_path, "a.tar")
     server.failures = [failure, failure]
@@ -96,10 +109,25 @@ def test_what_may_pass_is_tried_again(server, tmp_path, failure):
     assert len(server.requested) == 3
 
 
-def test_a_missing_shard_is_not_tried_again(server, tmp_path):
-    with pytest.raises(DataError, match="the server says 404"):
+@pytest.mark.parametrize("failure", PASSING)
+def test_a_manifest_is_tried_again_too(server, tmp_path, failure):
+    (tmp_path / "shards/manifest.json").write_text("{" + " " * 200 + "}")
+    server.failures = [failure, failure]
+    assert len(read_remote(f"{server.url}/manifest.json", retry_wait_s=0.01)) == 202
+    assert len(server.requested) == 3
+
+
+def test_a_missing_shard_is_damage_and_not_tried_again(server, tmp_path):
+    with pytest.raises(DamageError, match="the server says 404"):
         cache_in(tmp_path).fetch(f"{server.url}/no.tar", sha256="0", size=1)
     assert len(server.requested) == 1
+
+
+def test_what_a_server_forbids_is_neither_damage_nor_tried_again(server, tmp_path):
+    server.failures = [403]
+    with pytest.raises(DataError, match="the server says 403") as caught:
+        cache_in(tmp_path).fetch(f"{server.url}/no.tar", sha256="0", size=1)
+    assert (caught.type, len(server.requested)) == (DataError, 1)
 
 
 def test_a_wrong_content_is_never_published(server, tmp_path):
@@ -123,6 +151,28 @@ def test_the_least_recently_used_copy_makes_room(server, tmp_path):
     assert fetch("a.tar") == a
     c = fetch("c.tar")
     assert (a.exists(), b.exists(), c.exists()) == (True, False, True)
+
+
+def test_a_copy_that_leaves_as_it_is_asked_for_is_fetched_again(server, tmp_path, monkeypatch):
+    """Another process of the node may need its room: it holds another shard's lock."""
+    expected, cache = publish(tmp_path, "a.tar"), cache_in(tmp_path)
+    path = cache.fetch(f"{server.url}/a.tar", **expected)
+    touch = os.utime
+
+    def leave_and_touch(copy):
+        copy.unlink()
+        touch(copy)
+
+    monkeypatch.setattr(os, "utime", leave_and_touch)
+    assert cache.fetch(f"{server.url}/a.tar", **expected).stat().st_size == expected["size"]
+    assert path.exists()
+    assert len(server.requested) == 2
+
+
+def test_a_folder_that_cannot_be_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"data\.cache=.*/file: Not a directory on "):
+        ShardCache(tmp_path / "file", 1_000)
 
 
 def test_what_a_killed_download_left_is_cleared_away(server, tmp_path):
@@ -189,6 +239,45 @@ def test_a_run_reads_the_same_rows_through_the_cache(make_shards, server, tmp_pa
     assert 0 < sum(copy.stat().st_size for copy in copies) <= 60_000
 
 
+def take(config, steps=12):
+    stream = stream_batches(config, seed=3, first_row=0, rows_per_step=4, rank=0, ranks=1)
+    read = list(islice(stream, steps))
+    stream.close()
+    return [batch.tokens_BS.tolist() for batch in read], sum(len(batch.lost) for batch in read)
+
+
+def spoil(folder):
+    for path in folder.rglob("*.tar"):
+        content = bytearray(path.read_bytes())
+        for at in range(600, len(content), 600):
+            content[at] ^= 4
+        path.write_bytes(content)
+
+
+def test_a_copy_that_a_disk_has_damaged_is_made_again(make_shards, server, caplog):
+    config = make_shards({"a": (60, None)}, on_damage=OnDamage.quarantine)
+    expected = take(config)
+    config.shards = server.url
+    assert take(config) == expected
+    spoil(Path(config.cache))
+    asked = len(server.requested)
+    assert take(config) == expected
+    assert len(set(server.requested[asked:])) == len(server.requested[asked:]) > 1
+    assert "is damaged: its CRC32 is" in caplog.text
+    assert "copy on this node is removed and made again" in caplog.text
+
+
+def test_a_shard_that_is_damaged_at_its_origin_is_asked_for_once(make_shards, server, monkeypatch):
+    monkeypatch.setattr("pretrain.data.cache.time.sleep", lambda _: None)
+    config = make_shards({"a": (60, None)}, on_damage=OnDamage.quarantine)
+    spoil(Path(config.shards))
+    config.shards = server.url
+    assert take(config)[1] == 48
+    asked = Counter(path for path in server.requested if path.endswith(".tar"))
+    # the thread that fetches ahead may ask at the same time
+    assert 0 < max(asked.values()) <= 2 * ATTEMPTS
+
+
 def test_the_folder_is_that_of_the_node_that_reads(tmp_path, monkeypatch):
     """The login node's TMPDIR is not in what it freezes."""
     monkeypatch.setenv("TMPDIR", str(tmp_path / "login"))
@@ -229,6 +318,17 @@ def test_commands_are_not_run_to_read_data():
         DataConfig(name="x", corpus=Corpus.files, root="unused", shards="pipe:cat a.tar", context=8)
 
 
-def test_an_unreachable_server_is_an_os_error_that_may_pass():
-    with pytest.raises(urllib.error.URLError):
-        read_remote("http://127.0.0.1:9/manifest.json")
+@pytest.mark.parametrize("name", ["My Texts", "50 %#1?", "caf\u00e9"])
+def test_a_source_of_any_name_is_read_from_a_server(make_shards, server, name):
+    config = make_shards({name: (60, None)})
+    local = next(stream_batches(config, seed=3, first_row=0, rows_per_step=8, rank=0, ranks=1))
+    config.shards = server.url
+    remote = next(stream_batches(config, seed=3, first_row=0, rows_per_step=8, rank=0, ranks=1))
+    assert remote.tokens_BS.tolist() == local.tokens_BS.tolist()
+
+
+def test_a_server_that_stays_away_says_nothing_about_the_data():
+    with pytest.raises(UnreachableError, match=f"in {ATTEMPTS} attempts: URLError") as caught:
+        read_remote("http://127.0.0.1:9/manifest.json", retry_wait_s=0.01)
+    # the job may queue again
+    assert not caught.value.is_final

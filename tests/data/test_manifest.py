@@ -84,6 +84,20 @@ def test_what_is_no_manifest_is_called_damaged(folder, content):
         read_manifest(folder)
 
 
+def test_no_changed_byte_is_more_than_a_damaged_manifest(folder):
+    path = folder / "manifest.json"
+    content = path.read_bytes()
+    refused = 0
+    for at in range(len(content)):
+        for byte in b'0-"x':
+            changed = content[:at] + bytes([byte]) + content[at + 1 :]
+            try:
+                Manifest.from_bytes(changed, str(path))
+            except DataError:
+                refused += 1
+    assert refused > len(content)
+
+
 def test_an_unknown_source_names_those_there_are(folder):
     with pytest.raises(DataError, match="no source 'c'; they have a, b"):
         read_manifest(folder).source("c")

@@ -127,10 +127,22 @@ def test_damage_inside_compressed_lines_says_how_much_was_read(suffix: str, comp
         list(read(good + b"this is not compressed", suffix))
 
 
+def test_a_long_window_is_no_damage() -> None:
+    rows = lines([{"text": "a"}] * 9)
+    long = zstandard.ZstdCompressionParameters(window_log=31, write_content_size=0)
+    packer = zstandard.ZstdCompressor(compression_params=long).compressobj()
+    packed = packer.compress(rows) + packer.flush()
+    assert len(list(read(packed, ".jsonl.zst"))) == 9
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{not json", r"line 2: is not JSON \(.*\): '\{not json"),
+        (
+            '{"text": "a", "tree": ' + "[" * 100_000 + "]" * 100_000 + "}",
+            r"line 2: is not JSON \(maximum recursion depth",
+        ),
         ('["a"]', "line 2: is a JSON list; lines must be objects"),
         (
             '{"body": "a", "title": "b"}',

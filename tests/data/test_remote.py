@@ -10,13 +10,15 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import s3fs
 from moto.server import ThreadedMotoServer
 
 from conftest import SMALL, run_cli
-from pretrain.data import loader
+from pretrain.data import cache, loader
 from pretrain.data.loader import stream_batches
 from pretrain.data.store import open_manifest
 from pretrain.data.verify import verify
+from pretrain.errors import UnreachableError
 
 KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing-secret"}
 
@@ -37,8 +39,6 @@ def object_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
 
 def upload(folder: Path, bucket: str) -> str:
     """Copy a folder of shards into a new bucket; its URL."""
-    import s3fs
-
     store = s3fs.S3FileSystem(skip_instance_cache=True)
     store.mkdir(bucket)
     store.put(f"{folder}/", f"{bucket}/shards/", recursive=True)
@@ -60,6 +60,24 @@ def test_rows_from_an_object_store_are_those_of_the_folder(make_shards, object_s
     config.loader_workers = 2
     assert rows(config) == local
     assert verify(config, open_manifest(config)) == []
+
+
+def test_an_object_store_that_goes_away_may_come_back(make_shards) -> None:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    _, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}.items():
+            patch.setenv(name, value)
+        # fsspec would go on with the server of another test
+        s3fs.S3FileSystem.clear_instance_cache()
+        config = make_shards({"a": (20, None)})
+        config.shards = upload(Path(config.shards), "gone")
+        open_manifest(config)
+        server.stop()
+        patch.setattr(cache, "ATTEMPTS", 1)
+        with pytest.raises(UnreachableError, match="could not be copied in 1 attempts"):
+            open_manifest(config)
 
 
 def test_a_run_trains_from_an_object_store(workspace: Path, tmp_path: Path, object_store) -> None:

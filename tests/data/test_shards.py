@@ -9,7 +9,7 @@ import webdataset as wds
 
 from pretrain.data.manifest import read_manifest
 from pretrain.data.shards import Layout, ShardReader
-from pretrain.errors import DataError
+from pretrain.errors import DamageError, DataError, UnreachableError
 
 
 @pytest.fixture
@@ -99,6 +99,26 @@ def test_a_missing_shard_is_named(shard):
     reader, path = shard
     path.unlink()
     with pytest.raises(DataError, match=r"a/train-\d+\.tar is missing \(looked at"):
+        reader.read(0)
+
+
+def test_a_shard_whose_folder_is_none_is_missing(shard):
+    reader, path = shard
+    path.unlink()
+    for other in path.parent.iterdir():
+        other.unlink()
+    path.parent.rmdir()
+    path.parent.write_text("a file")
+    with pytest.raises(DamageError, match=r"a/train-\d+\.tar is missing \(looked at"):
+        reader.read(0)
+
+
+def test_a_disk_that_cannot_be_read_says_nothing_about_the_shard(shard):
+    reader, path = shard
+    path.unlink()
+    # no other file gives an OSError as easily
+    path.symlink_to(path.name)
+    with pytest.raises(UnreachableError, match=r"a/train-\d+\.tar cannot be read: .*symbolic"):
         reader.read(0)
 
 

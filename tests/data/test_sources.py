@@ -1,9 +1,14 @@
 """Finding files and reading them: sources, ids, shares, and what is refused."""
 
 import gzip
+import http.server
 import json
 import logging
+import os
 import pickle
+import threading
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import fsspec
@@ -11,7 +16,7 @@ import pytest
 
 from pretrain.data.config import Corpus, DataConfig, SourceConfig
 from pretrain.data.sources import Document, find_parts, read_documents
-from pretrain.errors import DataError
+from pretrain.errors import ConfigError, DataError
 
 
 def files_config(root: object, **values: object) -> DataConfig:
@@ -98,6 +103,78 @@ def test_an_object_store_is_read_like_a_folder() -> None:
         system.rm("/raw", recursive=True)
 
 
+@pytest.fixture
+def web_server(corpus: Path) -> Iterator[str]:
+    """The corpus on a server that lists folders as Python's does; its URL."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    handler = partial(Handler, directory=str(corpus))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_web_server_is_read_like_a_folder(corpus: Path, web_server: str) -> None:
+    assert read_all(files_config(web_server)) == read_all(files_config(corpus))
+    sizes, expected = (
+        {name: [part.stored_bytes for part in own] for name, own in find_parts(config).items()}
+        for config in (files_config(web_server), files_config(corpus))
+    )
+    assert sizes == expected
+
+
+def test_links_are_followed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Of files and of folders, wherever those lie; hidden ones are not."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "deep").mkdir()
+    (elsewhere / "deep/e.txt").write_text("e")
+    (elsewhere / "f.txt").write_text("f")
+    (corpus / "linked").symlink_to(elsewhere)
+    (corpus / ".hidden").symlink_to(elsewhere)
+    (corpus / "prose/g.txt").symlink_to(elsewhere / "f.txt")
+    found = {name: [d.text for d in own] for name, own in read_all(files_config(corpus)).items()}
+    assert found == {"code": ["x = 1\n", "y = 2\n"], "linked": ["e", "f"],
+                     "prose": ["a", "b", "c", "f"]}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", [".", "code", "../{corpus}/prose"])
+def test_a_link_to_what_is_read_already_is_left_out_aloud(
+    corpus: Path, caplog: pytest.LogCaptureFixture, target: str
+) -> None:
+    expected = read_all(files_config(corpus))
+    (corpus / "prose/deep/link").symlink_to(corpus / target.format(corpus=corpus.name))
+    assert read_all(files_config(corpus)) == expected
+    assert "prose/deep/link: it links to" in caplog.text
+
+
+def test_a_link_to_more_than_is_read_already_is_refused(corpus: Path) -> None:
+    (corpus / "prose/up").symlink_to(corpus.parent)
+    with pytest.raises(DataError, match=r"prose/up links to .*, of which .* is read already"):
+        find_parts(files_config(corpus))
+
+
+def test_a_name_that_is_no_utf8_is_refused_if_it_is_text(corpus: Path) -> None:
+    os.close(os.open(os.fsencode(corpus) + b"/caf\xe9.png", os.O_CREAT))
+    read_all(files_config(corpus))
+    os.close(os.open(os.fsencode(corpus) + b"/caf\xe9.txt", os.O_CREAT))
+    with pytest.raises(DataError, match=r"the name 'caf\\udce9\.txt' is not UTF-8; rename"):
+        find_parts(files_config(corpus))
+
+
+def test_a_glob_that_is_none_is_refused(corpus: Path) -> None:
+    sources = {"s": SourceConfig(paths=["prose/**b"])}
+    with pytest.raises(ConfigError, match=r"The glob prose/\*\*b of data is none: "):
+        find_parts(files_config(corpus, sources=sources))
+    with pytest.raises(ConfigError, match=r"The glob prose/\*\*b of data is none: "):
+        find_parts(files_config(corpus, valid_paths=["prose/**b"]))
+
+
 def test_a_root_with_glob_characters_in_its_name_is_read(tmp_path: Path) -> None:
     (tmp_path / "a[1]*" / "s").mkdir(parents=True)
     (tmp_path / "a[1]*" / "s" / "t.txt").write_text("t")
@@ -157,6 +234,13 @@ def test_a_file_that_vanished_is_named(corpus: Path) -> None:
     (corpus / "prose/b.txt").unlink()
     with pytest.raises(DataError, match=r"prose/b.txt: .*lost a file"):
         list(read_documents(part, config))
+
+
+def test_a_file_that_cannot_be_read_to_its_end_is_named(corpus: Path, web_server: str) -> None:
+    """Python's server gives no ranges, which fsspec wants of files beyond 5 MB."""
+    (corpus / "prose/large.txt").write_text("a line\n" * 1_000_000)
+    with pytest.raises(DataError, match=r"prose/large.txt cannot be read \(ValueError: The HTTP"):
+        read_all(files_config(web_server))
 
 
 def test_max_bytes_is_shared_by_size_and_ends_each_part(tmp_path: Path) -> None:

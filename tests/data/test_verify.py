@@ -47,6 +47,17 @@ def test_all_damage_is_listed(config):
     assert "member 000000.tokens.npy is damaged" in found[3]
 
 
+def test_a_shard_that_cannot_be_read_does_not_hide_the_others(config):
+    """As on a disk with bad blocks; no other file gives an OSError as easily."""
+    for number in range(2):
+        path = Path(config.shards) / f"a/train-{number:06d}.tar"
+        path.unlink()
+        path.symlink_to(path.name)
+    assert [problem.partition(":")[0] for problem in problems(config)] == [
+        f"a/train-{number:06d}.tar cannot be read" for number in range(2)
+    ]
+
+
 def test_a_changed_tar_header_is_found_by_the_hash_of_the_shard(config):
     path = Path(config.shards) / "a/train-000000.tar"
     content = bytearray(path.read_bytes())

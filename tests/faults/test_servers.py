@@ -120,7 +120,7 @@ def test_a_server_that_fails_and_recovers_costs_time_only(
 
 @row(
     "a server never gives a shard",
-    "after five attempts DataError with the URL, exit 65; a later life goes on",
+    "after five attempts an error with the URL, exit 65; the job queues again and goes on",
 )
 def test_a_server_that_stays_away_stops_the_run_cleanly(
     workspace: Path, whole: Callable[[int], Path], server: Any, tmp_path: Path

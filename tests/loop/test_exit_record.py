@@ -20,6 +20,17 @@ def test_a_user_s_mistake_is_final_and_named(workspace: Path, tmp_path: Path) ->
     assert [path.name for path in (tmp_path / "ended").iterdir()] == ["3.json"]
 
 
+def test_a_store_that_is_away_is_not_final(workspace: Path, tmp_path: Path) -> None:
+    done = run_cli(
+        workspace, "train", *SMALL, "data.shards=http://127.0.0.1:9", "data.cache=cache",
+        PRETRAIN_EXIT_FOLDER=str(tmp_path), SLURM_PROCID="0",
+    )  # fmt: skip
+    assert done.returncode == 65
+    assert "Traceback" not in done.stderr
+    record = json.loads((tmp_path / "0.json").read_text())
+    assert record == {"code": 65, "error": "UnreachableError", "is_final": False}
+
+
 def test_an_unforeseen_error_may_go_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRETRAIN_EXIT_FOLDER", str(tmp_path))
     monkeypatch.setenv("SLURM_PROCID", "0")
