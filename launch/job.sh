@@ -22,6 +22,8 @@ max_requeues=${PRETRAIN_MAX_REQUEUES:-100}
 # Lives in a row whose last checkpoint is that of the life before; so many end the job.
 max_idle=2
 container=()
+# Whole, because a container may begin in a folder of its own.
+process=$PWD/launch/node.sh
 
 say() { echo "$(date +%FT%T) job $job, restart $restart: $*"; }
 
@@ -36,7 +38,7 @@ fail() {
 number() { sed -nE "s/.*\"$2\": *\"?([0-9]+)\"?.*/\1/p" "$1" 2>/dev/null || true; }
 
 check_allocation() {
-    [[ -x launch/node.sh ]] ||
+    [[ -x $process ]] ||
         fail 64 "there is no launch/node.sh in $PWD; submit from the project's root."
     [[ $tasks =~ ^[1-9][0-9]*$ ]] ||
         fail 64 "how many ranks has a node? Give sbatch --ntasks-per-node, one task per GPU, or" \
@@ -92,7 +94,7 @@ preflight() {
     local code=0 node bad
     srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=120 \
         --output="$logs/preflight-$restart/task-%t.log" \
-        "${container[@]+"${container[@]}"}" launch/node.sh doctor doctor.scope=node "$@" || code=$?
+        "${container[@]+"${container[@]}"}" "$process" doctor doctor.scope=node "$@" || code=$?
     mapfile -t bad < <(unfit_nodes)
     if ((${#bad[@]} == nodes)); then
         obey
@@ -100,7 +102,7 @@ preflight() {
     fi
     if ((nodes > 1)); then
         srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --output="$logs/preflight-$restart/compare.log" \
-            "${container[@]+"${container[@]}"}" launch/node.sh doctor doctor.scope=compare "$@" ||
+            "${container[@]+"${container[@]}"}" "$process" doctor doctor.scope=compare "$@" ||
             say "the comparison of the nodes finds something, see $logs/preflight-$restart"
         mapfile -t bad < <(unfit_nodes)
     fi
@@ -172,7 +174,7 @@ probe() {
     say "probes its $((nodes * tasks)) ranks together, see $logs/probe-$restart-0.log"
     srun --nodes="$nodes" --ntasks="$((nodes * tasks))" --ntasks-per-node="$tasks" \
         --kill-on-bad-exit=1 --wait=60 --output="$logs/probe-$restart-%t.log" \
-        "${container[@]+"${container[@]}"}" launch/node.sh doctor doctor.scope=job "$@" || code=$?
+        "${container[@]+"${container[@]}"}" "$process" doctor doctor.scope=job "$@" || code=$?
     ((code == 0)) || {
         obey
         fail "$code" "the ranks fail their probe, see $logs/probe-$restart-0.log"
@@ -189,7 +191,7 @@ start_ranks() {
         "$logs"
     srun --nodes="$nodes" --ntasks="$((nodes * tasks))" --ntasks-per-node="$tasks" --kill-on-bad-exit=1 --wait=60 \
         --output="$logs/rank-%t.log" --open-mode=append \
-        "${container[@]+"${container[@]}"}" launch/node.sh train "$@"
+        "${container[@]+"${container[@]}"}" "$process" train "$@"
 }
 
 # What the ranks have left decides, not srun's code: it ends the rest as soon as one has left, and

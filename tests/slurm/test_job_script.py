@@ -91,7 +91,8 @@ SHOWS_ITS_WORDS = """
 for word in "$@"; do printf '[%s]' "$word"; done
 echo "inside: $INSIDE"
 """
-CONTAINER = "container=(--export=ALL,INSIDE=true env 'INSIDE=a box; $HOME')\n"
+# pyxis begins in the folder that the image names
+CONTAINER = "container=(--export=ALL,INSIDE=true env --chdir=/ 'INSIDE=a box; $HOME')\n"
 
 
 @dataclass
