@@ -74,6 +74,19 @@ shown() {
     scontrol show job "$job" | sed -nE "s/.*\\b$1=([^ ]*).*/\1/p" | head -n 1 | sed 's/^(null)$//'
 }
 
+# A job that was submitted from inside another one inherits what SLURM told that one: SLURM counts no
+# restarts in a first life, and srun obeys how the shell was bound.
+forget_other_job() {
+    local counted
+    counted=$(shown Restarts || true)
+    [[ ! $counted =~ ^[0-9]+$ ]] || restart=$counted
+    export SLURM_RESTART_COUNT=$restart
+    # a batch script is in no step
+    if [[ -n ${SLURM_STEP_ID:-} ]]; then
+        unset "${!SLURM_STEP_@}" "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" "${!SLURM_MEM_PER_@}"
+    fi
+}
+
 # On a node that was lost this script may go on after its job has begun another life elsewhere. A
 # controller that does not answer may be restarting.
 is_current() {
@@ -253,6 +266,7 @@ decide() {
 }
 
 logs=slurm/logs/${SLURM_JOB_NAME:-pretrain}-$job
+forget_other_job
 check_allocation "$@"
 mkdir -p "$logs"
 # srun does not inherit it since SLURM 22.05.

@@ -10,6 +10,8 @@ from pathlib import Path
 from pretrain.errors import CheckpointError, ConfigError
 
 _RECORD = "submit.json"
+# Where SLURM's programs find their cluster.
+_FOR_CLIENTS = ("SLURM_CONF", "SLURM_CLUSTERS")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +35,7 @@ def sbatch(script: Path, after: str | None) -> str:
     """Queue a script; the id of its job. Raises ConfigError with what sbatch said."""
     command = sbatch_command(script, after)
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, env=_own_environment())
     except FileNotFoundError:
         raise ConfigError(
             "There is no sbatch on this machine. Submit on the cluster's login node, or start "
@@ -43,6 +45,21 @@ def sbatch(script: Path, after: str | None) -> str:
         raise ConfigError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
     # with several clusters: ID;CLUSTER
     return done.stdout.strip().split(";")[0]
+
+
+def _own_environment() -> dict[str, str]:
+    """The environment, without what SLURM tells the job that this process may be in.
+
+    The new job would inherit it, and its srun obey it: memory, binding, GPUs, restarts.
+    """
+    environ = dict(os.environ)
+    if "SLURM_JOB_ID" not in environ:
+        return environ
+    return {
+        name: value
+        for name, value in environ.items()
+        if name in _FOR_CLIENTS or not name.startswith(("SLURM_", "SLURMD_", "SRUN_"))
+    }
 
 
 def queued() -> list[Queued] | None:
