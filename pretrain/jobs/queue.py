@@ -19,6 +19,7 @@ class Queued:
     """One job that waits or runs."""
 
     job_id: str
+    """Its own, also of a task of an array."""
     state: str
     """SLURM's word: PENDING, RUNNING, COMPLETING, ..."""
     workdir: str
@@ -64,7 +65,7 @@ def _own_environment() -> dict[str, str]:
 
 def queued() -> list[Queued] | None:
     """This user's jobs that have not ended; None where no SLURM answers."""
-    command = ["squeue", "--me", "--noheader", "--format=%i|%T|%Z"]
+    command = ["squeue", "--me", "--noheader", "--format=%A|%T|%Z"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
@@ -73,6 +74,12 @@ def queued() -> list[Queued] | None:
         return None
     rows = (line.split("|", 2) for line in done.stdout.splitlines() if line.count("|") >= 2)
     return [Queued(job_id=job, state=state, workdir=folder) for job, state, folder in rows]
+
+
+def has_ended(job_id: str) -> bool:
+    """Whether a job of this user runs no longer and will not again; False if no SLURM says so."""
+    jobs = queued()
+    return jobs is not None and all(job.job_id != job_id for job in jobs)
 
 
 def jobs_of(folder: Path, jobs: Sequence[Queued]) -> list[Queued]:
