@@ -149,7 +149,8 @@ class RunLock:
         try:
             os.link(draft, self._path)
         except FileExistsError:
-            return False
+            # NFS may have linked it, lost its answer and asked again
+            return _read_holder(self._path) == self._holder
         finally:
             draft.unlink()
         return True
