@@ -7,11 +7,16 @@ from typing import Any
 _WATCHED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
+def keep_for_later() -> None:
+    """Let SIGUSR1 wait until `StopSignals` is entered, be it ignored until then or deadly."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+
+
 class StopSignals:
     """While entered, SIGUSR1, SIGTERM and SIGINT only set `received`; a second SIGINT kills.
 
-    The loop asks `received` at each step boundary. Enter it in the main thread, before slow imports
-    and before loader workers are forked: SLURM sends the signal to every process of a job step,
+    The loop asks `received` at each step boundary. Enter it in the main thread, before loader
+    workers are forked: SLURM sends the signal to every process of a job step,
     and its default action would end them.
     """
 
@@ -22,6 +27,8 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         for number in _WATCHED:
             self._previous[number] = signal.signal(number, self._receive)
+        # what has come meanwhile is received now
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
         return self
 
     def __exit__(
