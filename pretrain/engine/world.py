@@ -208,7 +208,7 @@ def _place_from_slurm(environ: Mapping[str, str]) -> Place:
         ) from None
     address = environ.get("MASTER_ADDR") or first_host(hosts)
     chosen = FIRST_PORT + (job + restart * PORTS_BETWEEN_LIVES) % NUM_PORTS
-    port = int(environ.get("MASTER_PORT") or chosen)
+    port = _number(environ, "MASTER_PORT") if environ.get("MASTER_PORT") else chosen
     return Place(rank, size, local_rank, f"tcp://{address}:{port}" if size > 1 else "", address)
 
 

@@ -57,6 +57,11 @@ def test_address_and_port_can_be_chosen_under_slurm() -> None:
     assert place.meeting == "tcp://delta:77"
 
 
+def test_a_port_that_is_no_number_is_named_under_slurm() -> None:
+    with pytest.raises(ConfigError, match="MASTER_PORT='any' in the environment must be a number"):
+        find_place(SRUN | {"MASTER_PORT": "any"})
+
+
 def test_two_jobs_on_a_host_meet_at_different_ports() -> None:
     assert find_place(SRUN).meeting != find_place(SRUN | {"SLURM_JOB_ID": "4243"}).meeting
 
