@@ -22,6 +22,8 @@ max_requeues=${PRETRAIN_MAX_REQUEUES:-100}
 # Lives in a row whose last checkpoint is that of the life before; so many end the job.
 max_idle=2
 container=()
+# Whole, because a container may begin in a folder of its own.
+process=$PWD/launch/node.sh
 
 say() { echo "$(date +%FT%T) job $job, restart $restart: $*"; }
 
@@ -36,7 +38,7 @@ fail() {
 number() { sed -nE "s/.*\"$2\": *\"?([0-9]+)\"?.*/\1/p" "$1" 2>/dev/null || true; }
 
 check_allocation() {
-    [[ -x launch/node.sh ]] ||
+    [[ -x $process ]] ||
         fail 64 "there is no launch/node.sh in $PWD; submit from the project's root."
     [[ $tasks =~ ^[1-9][0-9]*$ ]] ||
         fail 64 "how many ranks has a node? Give sbatch --ntasks-per-node, one task per GPU, or" \
@@ -72,6 +74,19 @@ shown() {
     scontrol show job "$job" | sed -nE "s/.*\\b$1=([^ ]*).*/\1/p" | head -n 1 | sed 's/^(null)$//'
 }
 
+# A job that was submitted from inside another one inherits what SLURM told that one: SLURM counts no
+# restarts in a first life, and srun obeys how the shell was bound.
+forget_other_job() {
+    local counted
+    counted=$(shown Restarts || true)
+    [[ ! $counted =~ ^[0-9]+$ ]] || restart=$counted
+    export SLURM_RESTART_COUNT=$restart
+    # a batch script is in no step
+    if [[ -n ${SLURM_STEP_ID:-} ]]; then
+        unset "${!SLURM_STEP_@}" "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" "${!SLURM_MEM_PER_@}"
+    fi
+}
+
 # On a node that was lost this script may go on after its job has begun another life elsewhere. A
 # controller that does not answer may be restarting.
 is_current() {
@@ -92,7 +107,7 @@ preflight() {
     local code=0 node bad
     srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=120 \
         --output="$logs/preflight-$restart/task-%t.log" \
-        "${container[@]+"${container[@]}"}" launch/node.sh doctor doctor.scope=node "$@" || code=$?
+        "${container[@]+"${container[@]}"}" "$process" doctor doctor.scope=node "$@" || code=$?
     mapfile -t bad < <(unfit_nodes)
     if ((${#bad[@]} == nodes)); then
         obey
@@ -100,7 +115,7 @@ preflight() {
     fi
     if ((nodes > 1)); then
         srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --output="$logs/preflight-$restart/compare.log" \
-            "${container[@]+"${container[@]}"}" launch/node.sh doctor doctor.scope=compare "$@" ||
+            "${container[@]+"${container[@]}"}" "$process" doctor doctor.scope=compare "$@" ||
             say "the comparison of the nodes finds something, see $logs/preflight-$restart"
         mapfile -t bad < <(unfit_nodes)
     fi
@@ -172,7 +187,7 @@ probe() {
     say "probes its $((nodes * tasks)) ranks together, see $logs/probe-$restart-0.log"
     srun --nodes="$nodes" --ntasks="$((nodes * tasks))" --ntasks-per-node="$tasks" \
         --kill-on-bad-exit=1 --wait=60 --output="$logs/probe-$restart-%t.log" \
-        "${container[@]+"${container[@]}"}" launch/node.sh doctor doctor.scope=job "$@" || code=$?
+        "${container[@]+"${container[@]}"}" "$process" doctor doctor.scope=job "$@" || code=$?
     ((code == 0)) || {
         obey
         fail "$code" "the ranks fail their probe, see $logs/probe-$restart-0.log"
@@ -189,7 +204,7 @@ start_ranks() {
         "$logs"
     srun --nodes="$nodes" --ntasks="$((nodes * tasks))" --ntasks-per-node="$tasks" --kill-on-bad-exit=1 --wait=60 \
         --output="$logs/rank-%t.log" --open-mode=append \
-        "${container[@]+"${container[@]}"}" launch/node.sh train "$@"
+        "${container[@]+"${container[@]}"}" "$process" train "$@"
 }
 
 # What the ranks have left decides, not srun's code: it ends the rest as soon as one has left, and
@@ -251,6 +266,7 @@ decide() {
 }
 
 logs=slurm/logs/${SLURM_JOB_NAME:-pretrain}-$job
+forget_other_job
 check_allocation "$@"
 mkdir -p "$logs"
 # srun does not inherit it since SLURM 22.05.

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from pretrain.errors import EXIT_BUG, EXIT_CONFIG, EXIT_FINISHED, ConfigError, PretrainError
 from pretrain.loop.exit_record import note_exit
+from pretrain.loop.signals import keep_for_later
 from pretrain.secrets import Redacting, redact, secret_values
 
 
@@ -109,11 +110,15 @@ def _run(arguments: list[str]) -> int:
     to_console = logging.StreamHandler(sys.stderr)
     to_console.setFormatter(_ConsoleLines("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[to_console])
+    has_flags = any(argument.startswith("-") for argument in rest)
+    if command.words == "train" and not has_flags:
+        # importing torch and composing take seconds, on many nodes minutes
+        keep_for_later()
     try:
         module = import_module("pretrain." + command.words.replace(" ", "."))
         if not command.primary:
             return int(module.main(rest))
-        if any(argument.startswith("-") for argument in rest):
+        if has_flags:
             return _run_with_flags(command, module, rest)
         from pretrain.compose import load
 

@@ -104,8 +104,8 @@ def main(config: SubmitConfig) -> int:
     if _says_finished(job):
         return EXIT_FINISHED
     _refuse_stopped(job.folder)
-    if job.options.to is Target.slurm and job.options.after is None:
-        _refuse_second_job(job.folder)
+    if job.options.to is Target.slurm:
+        _check_jobs_of(job)
     if config.submit.dry_run:
         _print_dry_run(job)
         return EXIT_FINISHED
@@ -205,13 +205,21 @@ def _refuse_stopped(folder: Path) -> None:
         raise ConfigError(f"{request} asks the run to stop, so a job would end at once; remove it.")
 
 
-def _refuse_second_job(folder: Path) -> None:
-    own = jobs_of(folder, queued() or [])
-    if own:
-        shown = ", ".join(f"{job.job_id} is {job.state}" for job in own)
+def _check_jobs_of(job: Job) -> None:
+    """Refuse a second job that would not wait; say what the first may see of the second."""
+    own = jobs_of(job.folder, queued() or [])
+    shown = ", ".join(f"{each.job_id} is {each.state}" for each in own)
+    if own and job.options.after is None:
         raise ConfigError(
-            f"{folder} has a job already: {shown}. End it with scancel, or let the new one wait "
-            f"for it with submit.after={own[-1].job_id}."
+            f"{job.folder} has a job already: {shown}. End it with scancel, or let the new one "
+            f"wait for it with submit.after={own[-1].job_id}."
+        )
+    if own and job.changes:
+        log.warning(
+            "%s has a job already: %s. The changes are written to its config.yaml now, so if that "
+            "job queues itself again, it goes on with them.",
+            job.folder,
+            shown,
         )
 
 

@@ -42,6 +42,7 @@ from pretrain.errors import (
     ConfigError,
     DivergenceError,
 )
+from pretrain.jobs.queue import has_ended
 from pretrain.jobs.snapshot import code_origin
 from pretrain.loop.control import Control
 from pretrain.loop.guard_config import GuardConfig
@@ -118,7 +119,7 @@ def main(config: TrainConfig) -> int:
         world = join(config.engine)
         run_dir = Path(config.run.dir)
         check_run_folder(config, world)
-        lock = RunLock(run_dir)
+        lock = RunLock(run_dir, has_ended=has_ended)
         on_rank_0(world, lock.__enter__)
         try:
             code = _life(config, world, stop, lock)

@@ -146,6 +146,26 @@ def test_a_run_that_was_asked_to_stop_is_not_submitted(tmp_path: Path) -> None:
     assert f"{stop} asks the run to stop" in done.stderr
 
 
+def test_a_job_that_waits_for_another_says_that_its_changes_do_not(tmp_path: Path) -> None:
+    run_dir = tmp_path / "out/runs/tiny"
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    said = {"squeue": f"17|RUNNING|{run_dir}", "sbatch": "18"}
+    for name, text in said.items():
+        (programs / name).write_text(f"#!/bin/sh\necho '{text}'\n")
+        (programs / name).chmod(0o755)
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    first = run_cli(tmp_path, "submit", *SMALL, "submit.after=17", PATH=path)
+    assert first.returncode == 0, first.stderr
+    assert "if that job queues itself again" not in first.stderr
+    changed = run_cli(tmp_path, "submit", *SMALL, "run.steps=99", "submit.after=17", PATH=path)
+    assert changed.returncode == 0, changed.stderr
+    assert "17 is RUNNING. The changes are written to its config.yaml now" in changed.stderr
+    refused = run_cli(tmp_path, "submit", *SMALL, PATH=path)
+    assert refused.returncode == 64
+    assert "submit.after=17" in refused.stderr
+
+
 HOSTILE = 'it\'s $HOME; `touch pwned` & "more" \\'
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from pretrain import __version__
 from pretrain.engine import commit, fragments
 from pretrain.engine.agreement import on_main, together
+from pretrain.engine.available_memory import available_bytes
 from pretrain.engine.config import CheckpointConfig
 from pretrain.engine.deepspeed import Engine
 from pretrain.engine.fragments import MASTER, FileRecord
@@ -340,7 +341,7 @@ class HostCopies:
         )
         places = world.gather_objects((socket.gethostname(), own))
         needed = sum(size for host, size in places if host == places[world.rank][0])
-        available = _available_bytes()
+        available = available_bytes()
         lacks = needed > COPY_SHARE * available
         if not world.any(lacks):
             return True
@@ -371,24 +372,6 @@ class HostCopies:
         if any(piece.device.type == "cuda" for _, piece in pieces):
             torch.cuda.synchronize()
         return copies
-
-
-def _available_bytes() -> int:
-    """Memory that this process may still take: the host's, or its control group's if less."""
-    fields = dict(
-        line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line
-    )
-    available = int(fields["MemAvailable"].split()[0]) << 10
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            used = int((group / "memory.current").read_text())
-            available = min(available, int(limit) - used)
-    except (OSError, ValueError):
-        # no limit that this process can see
-        pass
-    return available
 
 
 def _own_pieces(engine: Engine) -> Iterator[tuple[str, Tensor]]:

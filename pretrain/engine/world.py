@@ -7,7 +7,7 @@ there are neither, the process is alone.
 import datetime
 import logging
 import os
-import subprocess
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +19,8 @@ import torch.distributed as dist
 from pretrain.engine.config import Device, EngineConfig
 from pretrain.errors import ConfigError
 
+# What torchrun gives each process.
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Slurm numbers its own steps (batch, interactive, extern, pending) from here.
 FIRST_SPECIAL_STEP = 0xFFFF_FFF0
 # Ports chosen from a job id: above the well-known ones, below Linux's ephemeral range.
@@ -154,21 +156,21 @@ def exit_now(code: int) -> NoReturn:
 
 def find_place(environ: Mapping[str, str]) -> Place:
     """This process's place, from a launcher's variables. Raises ConfigError if one is missing."""
-    if "RANK" in environ or "WORLD_SIZE" in environ:
+    missing = [name for name in _TORCHRUN if name not in environ]
+    if not missing:
         return _place_from_torchrun(environ)
+    # first: pyxis gives a container with PyTorch RANK and LOCAL_RANK beside Slurm's variables
     if _is_in_srun_step(environ):
         return _place_from_slurm(environ)
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        raise ConfigError(
+            f"The environment has {', '.join(name for name in _TORCHRUN if name in environ)} but "
+            f"not {', '.join(missing)}; set all of {', '.join(_TORCHRUN)} (torchrun does), or none."
+        )
     return ALONE
 
 
 def _place_from_torchrun(environ: Mapping[str, str]) -> Place:
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in names if name not in environ]
-    if missing:
-        raise ConfigError(
-            f"The environment has {', '.join(n for n in names if n in environ)} but not "
-            f"{', '.join(missing)}; set all of {', '.join(names)} (torchrun does), or none."
-        )
     rank, size, local_rank, _ = (
         _number(environ, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
     )
@@ -206,23 +208,18 @@ def _place_from_slurm(environ: Mapping[str, str]) -> Place:
         ) from None
     address = environ.get("MASTER_ADDR") or first_host(hosts)
     chosen = FIRST_PORT + (job + restart * PORTS_BETWEEN_LIVES) % NUM_PORTS
-    port = int(environ.get("MASTER_PORT") or chosen)
+    port = _number(environ, "MASTER_PORT") if environ.get("MASTER_PORT") else chosen
     return Place(rank, size, local_rank, f"tcp://{address}:{port}" if size > 1 else "", address)
 
 
 def first_host(hosts: str) -> str:
-    """First host of a Slurm host list such as `node[01-04],login`."""
-    if "[" not in hosts.split(",")[0]:
-        return hosts.split(",")[0]
-    try:
-        names = subprocess.run(
-            ["scontrol", "show", "hostnames", hosts], check=True, capture_output=True, text=True
-        ).stdout.split()
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise ConfigError(
-            f"Cannot expand the host list {hosts!r} with scontrol ({error}); set MASTER_ADDR."
-        ) from error
-    return names[0]
+    """First host of a Slurm host list such as `node[01-04,07],login`.
+
+    Read here, because containers have no scontrol.
+    """
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", hosts)
+    assert first is not None
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0])
 
 
 def _choose_device(wanted: Device, local_rank: int) -> torch.device:

@@ -87,7 +87,7 @@ class ClusterConfig:
     exclusive: bool = False
     """Whether nodes are not shared, with all their memory."""
     options: list[str] = field(default_factory=list)
-    """More options for sbatch, such as --gres=gpu:h200:8."""
+    """More options for sbatch; one that asks for GPUs, such as --gres=gpu:h200:8, replaces ours."""
     interface: str | None = None
     """Network interface between nodes, for NCCL and gloo; null: the first that is up."""
     environment: dict[str, str] = field(default_factory=dict)

@@ -76,7 +76,7 @@ def ssh_command(host: Host, script: Path, number: int) -> list[str]:
 
 
 @dataclass(slots=True)
-class _Part:
+class Part:
     """One host's part of the run."""
 
     host: Host
@@ -85,11 +85,12 @@ class _Part:
     was_told: bool = field(default=False)
 
     def stop(self) -> None:
-        """Send SIGTERM to the part's own process on its host."""
-        if self.was_told or self.process.poll() is not None or not self.pid_file.is_file():
+        """Send SIGTERM to the part's own process on its host, once that has said its number."""
+        pid = self.pid_file.read_text().strip() if self.pid_file.is_file() else ""
+        # empty: between the shell's making the file and writing it, or so NFS shows it
+        if self.was_told or self.process.poll() is not None or not pid:
             return
         self.was_told = True
-        pid = int(self.pid_file.read_text())
         subprocess.run([*_SSH, self.host.name, f"kill -TERM {pid}"], capture_output=True)
 
 
@@ -99,7 +100,7 @@ def run_on_hosts(hosts: Sequence[Host], script: Path, folder: Path) -> int:
     Output of each host goes to hosts/NUMBER.log in the run's folder.
     """
     notes = folder / "hosts"
-    parts: list[_Part] = []
+    parts: list[Part] = []
     is_asked = False
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -122,7 +123,7 @@ def run_on_hosts(hosts: Sequence[Host], script: Path, folder: Path) -> int:
                 part.process.kill()
 
 
-def _start(host: Host, script: Path, number: int, notes: Path) -> _Part:
+def _start(host: Host, script: Path, number: int, notes: Path) -> Part:
     pid_file = notes / f"{number}.pid"
     pid_file.unlink(missing_ok=True)
     try:
@@ -137,10 +138,10 @@ def _start(host: Host, script: Path, number: int, notes: Path) -> _Part:
             )
     except FileNotFoundError:
         raise ConfigError("There is no ssh on this machine; submit.to=hostfile needs it.") from None
-    return _Part(host, pid_file, process)
+    return Part(host, pid_file, process)
 
 
-def _wait(parts: Sequence[_Part], is_asked: Callable[[], bool]) -> int:
+def _wait(parts: Sequence[Part], is_asked: Callable[[], bool]) -> int:
     """Wait for every part; once one has failed, or somebody asks, stop them all."""
     first_code = EXIT_FINISHED
     deadline: float | None = None

@@ -10,6 +10,8 @@ from pathlib import Path
 from pretrain.errors import CheckpointError, ConfigError
 
 _RECORD = "submit.json"
+# Where SLURM's programs find their cluster.
+_FOR_CLIENTS = ("SLURM_CONF", "SLURM_CLUSTERS")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,6 +19,7 @@ class Queued:
     """One job that waits or runs."""
 
     job_id: str
+    """Its own, also of a task of an array."""
     state: str
     """SLURM's word: PENDING, RUNNING, COMPLETING, ..."""
     workdir: str
@@ -33,7 +36,7 @@ def sbatch(script: Path, after: str | None) -> str:
     """Queue a script; the id of its job. Raises ConfigError with what sbatch said."""
     command = sbatch_command(script, after)
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, env=_own_environment())
     except FileNotFoundError:
         raise ConfigError(
             "There is no sbatch on this machine. Submit on the cluster's login node, or start "
@@ -45,9 +48,24 @@ def sbatch(script: Path, after: str | None) -> str:
     return done.stdout.strip().split(";")[0]
 
 
+def _own_environment() -> dict[str, str]:
+    """The environment, without what SLURM tells the job that this process may be in.
+
+    The new job would inherit it, and its srun obey it: memory, binding, GPUs, restarts.
+    """
+    environ = dict(os.environ)
+    if "SLURM_JOB_ID" not in environ:
+        return environ
+    return {
+        name: value
+        for name, value in environ.items()
+        if name in _FOR_CLIENTS or not name.startswith(("SLURM_", "SLURMD_", "SRUN_"))
+    }
+
+
 def queued() -> list[Queued] | None:
     """This user's jobs that have not ended; None where no SLURM answers."""
-    command = ["squeue", "--me", "--noheader", "--format=%i|%T|%Z"]
+    command = ["squeue", "--me", "--noheader", "--format=%A|%T|%Z"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
@@ -56,6 +74,12 @@ def queued() -> list[Queued] | None:
         return None
     rows = (line.split("|", 2) for line in done.stdout.splitlines() if line.count("|") >= 2)
     return [Queued(job_id=job, state=state, workdir=folder) for job, state, folder in rows]
+
+
+def has_ended(job_id: str) -> bool:
+    """Whether a job of this user runs no longer and will not again; False if no SLURM says so."""
+    jobs = queued()
+    return jobs is not None and all(job.job_id != job_id for job in jobs)
 
 
 def jobs_of(folder: Path, jobs: Sequence[Queued]) -> list[Queued]:

@@ -15,6 +15,9 @@ from pretrain.engine.config import Device
 from pretrain.errors import ConfigError
 from pretrain.jobs.config import ClusterConfig, ContainerConfig, ContainerKind, Target
 
+# Options of sbatch that ask for GPUs; it refuses two that name them with and without their type.
+_ASKS_FOR_GPUS = re.compile(r"--gpus.*|--gres=(?:[^,]*,)*gpu\b.*")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
@@ -167,7 +170,8 @@ def _header(config: TrainConfig, place: Place) -> Sequence[str]:
         f"--nodes={cluster.nodes}",
         f"--ntasks-per-node={ranks}",
     ]
-    if config.engine.device is not Device.cpu:
+    has_asked = any(_ASKS_FOR_GPUS.fullmatch(option) for option in cluster.options)
+    if config.engine.device is not Device.cpu and not has_asked:
         options.append(f"--gpus-per-node={ranks}")
     if cluster.cpus_per_gpu is not None:
         options.append(f"--cpus-per-task={cluster.cpus_per_gpu}")

@@ -17,6 +17,8 @@ from pretrain.errors import ConfigError
 
 # What a job needs. Text, runs and tests stay behind.
 SHIPPED = ("conf", "constraints.txt", "kernels", "launch", "pretrain", "pyproject.toml", "slurm")
+# Where jobs write below that: no part of the code, and never still.
+_WRITTEN = "slurm/logs"
 _RECORD = "snapshot.json"
 
 
@@ -127,7 +129,9 @@ def _shipped_files(root: Path) -> list[str]:
         names = {
             str(path.relative_to(root))
             for path in found
-            if path.is_file() and "__pycache__" not in path.parts
+            if path.is_file()
+            and "__pycache__" not in path.parts
+            and not path.is_relative_to(root / _WRITTEN)
         }
     return sorted(names)
 

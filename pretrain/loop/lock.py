@@ -12,6 +12,7 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -38,6 +39,8 @@ class Holder:
     job_id: str
     restart_count: int
     since: str
+    cluster: str = ""
+    """Whose job it is: ids are SLURM's own on each cluster."""
 
     @classmethod
     def current(cls) -> "Holder":
@@ -53,6 +56,7 @@ class Holder:
             job_id=os.environ.get("SLURM_JOB_ID", ""),
             restart_count=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
             since=time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            cluster=os.environ.get("SLURM_CLUSTER_NAME", ""),
         )
 
     def __str__(self) -> str:
@@ -66,7 +70,15 @@ class RunLock:
     `refresh` at every step. Raises ConfigError on entry if a live process holds the folder.
     """
 
-    def __init__(self, run_dir: Path, *, stale_s: float = _STALE_S) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        stale_s: float = _STALE_S,
+        has_ended: Callable[[str], bool] = lambda job_id: False,
+    ) -> None:
+        """`has_ended`: whether a job of this user and cluster is over, by its id."""
+        self._has_ended = has_ended
         self._path = run_dir / "lock.json"
         # stays when the lock goes: an orphan that wakes up after its successor has ended sees it
         self._last_path = run_dir / "lock.last"
@@ -137,7 +149,8 @@ class RunLock:
         try:
             os.link(draft, self._path)
         except FileExistsError:
-            return False
+            # NFS may have linked it, lost its answer and asked again
+            return _read_holder(self._path) == self._holder
         finally:
             draft.unlink()
         return True
@@ -160,10 +173,19 @@ class RunLock:
         is_same_job = mine.job_id != "" and mine.job_id == other.job_id
         if is_same_job and mine.restart_count > other.restart_count:
             return f"this is restart {mine.restart_count} of the same job"
+        # killed at its time limit, say, on another host than ours
+        if self._is_of_our_queue(other) and self._has_ended(other.job_id):
+            return f"SLURM job {other.job_id} has ended"
         silence_s = self._silence_s()
         if silence_s > self._stale_s:
             return f"it has been silent for {silence_s:.0f} s, more than {self._stale_s:.0f} s"
         return None
+
+    def _is_of_our_queue(self, other: Holder) -> bool:
+        """Whether the queue would show `other`'s job to this user, were it there."""
+        is_same_cluster = other.cluster == self._holder.cluster != ""
+        is_same_user = self._path.stat().st_uid == os.getuid()
+        return is_same_cluster and is_same_user and other.job_id != ""
 
     def _silence_s(self) -> float:
         """Age of the heartbeat by the file system's own clock, which all hosts share."""

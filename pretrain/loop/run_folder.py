@@ -143,7 +143,11 @@ def write_requeue_record(run_dir: Path, step: int) -> None:
         "step": step,
     }
     for path in _requeue_paths(run_dir):
-        _write_whole(path, json.dumps(record) + "\n")
+        try:
+            _write_whole(path, json.dumps(record) + "\n")
+        except OSError as error:
+            # the save has filled the disk, say, and is good all the same
+            log.error("%s cannot be written; who reads it sees a crash: %s", path, error)
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -63,15 +63,19 @@ def choose_mode(config: LoggingConfig) -> str:
 def stored_run_id(run_dir: Path, run_name: str) -> str:
     """W&B's id of this run: derived once from name and place, then kept in the run folder.
 
-    A folder that cannot be written gives the derived one.
+    A folder that cannot be written, and a file that a full disk has left empty, give the derived
+    one.
     """
     path = run_dir / "wandb" / "run-id.txt"
     digest = hashlib.sha256(f"{run_name}\0{run_dir.resolve()}".encode()).hexdigest()[:16]
     try:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(digest + "\n")
-        return path.read_text().strip()
+        if path.exists() and (known := path.read_text().strip()):
+            return known
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+        draft.write_text(digest + "\n")
+        draft.replace(path)
+        return digest
     except OSError:
         return digest
 

@@ -96,9 +96,10 @@ class Run:
             return life.reason
         if self.record.step >= self.last_step:
             return FINISHED
-        patience_s = _SILENT_S
+        # a first life may load and compile for minutes; the watchdog ends one that stands still
+        patience_s = self.config.guards.stall_s
         if not math.isnan(self.step_s):
-            patience_s = max(patience_s, _SILENT_STEPS * self.step_s)
+            patience_s = max(_SILENT_S, _SILENT_STEPS * self.step_s)
         return "running" if time.time() - self.seen_s < patience_s else "silent"
 
 

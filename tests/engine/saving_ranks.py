@@ -211,7 +211,7 @@ def addresses(engine: Engine) -> dict[str, int]:
 def without_memory(world: World, folder: Path) -> dict[str, Any]:
     """Too little memory on one host: training waits, and nothing else changes."""
     engine = new_engine(world)
-    saving._available_bytes = lambda: 1_000 if world.rank else 1 << 40
+    saving.available_bytes = lambda: 1_000 if world.rank else 1 << 40
     saver = Saver(engine, world, folder, asynchronous=True)
     saver.begin(1, {})
     is_writing = saver.is_writing

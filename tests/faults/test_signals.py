@@ -2,12 +2,14 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from lives import GRACE_S, Life, check_same, finish, read_steps, row
+from lives import GRACE_S, SETTING, Life, check_same, finish, read_steps, row
 
 pytestmark = pytest.mark.faults
 
@@ -86,6 +88,25 @@ def test_a_signal_during_the_start(workspace: Path, whole: Callable[[int], Path]
             time.sleep(after_s)
             life.processes[0].terminate()
             assert life.wait()[0] in (-signal.SIGTERM, 75)
+    check_same(finish(workspace, name), whole(1))
+
+
+@row("SIGUSR1 while a life still imports torch", "kept until training listens; saves, exits 75")
+def test_a_time_limit_that_nears_during_the_start(
+    workspace: Path, whole: Callable[[int], Path]
+) -> None:
+    name = "limit-at-start"
+    launcher = Path(__file__).parents[2] / "launch/node.sh"
+    command = ["bash", str(launcher), "train", *SETTING, f"run.name={name}"]
+    place = {"PRETRAIN_PYTHON": sys.executable, "PRETRAIN_WORKDIR": str(workspace)}
+    environment = os.environ | place | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment) as process:
+        deadline = time.monotonic() + 60
+        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(timeout=120) == 75
     check_same(finish(workspace, name), whole(1))
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from conftest import SMALL
 from pretrain.errors import EXIT_SAVED_ON_SIGNAL, ConfigError
-from pretrain.jobs.hosts import Host, check_hosts, read_hostfile, ssh_command
+from pretrain.jobs.hosts import Host, Part, check_hosts, read_hostfile, ssh_command
 from pretrain.loop.metrics import read_metrics
 from pretrain.testing import tiny_config
 
@@ -119,6 +119,26 @@ def test_two_hosts_train_one_run_and_save_when_told_to_stop(
     ranks = sorted(path.name for path in (run_dir / "logs").iterdir())
     assert ranks == ["rank-00000.log", "rank-00001.log"]
     assert (run_dir / "checkpoints/latest").is_file()
+
+
+def test_a_part_whose_number_is_not_written_yet_is_told_later(
+    tmp_path: Path, ssh: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in ssh.items():
+        monkeypatch.setenv(name, value)
+    process = subprocess.Popen(["sleep", "60"])
+    try:
+        part = Part(Host(name="a", slots=1), tmp_path / "0.pid", process)
+        part.stop()
+        part.pid_file.touch()
+        part.stop()
+        assert not part.was_told
+        part.pid_file.write_text(f"{process.pid}\n")
+        part.stop()
+        assert process.wait(timeout=30) == -signal.SIGTERM
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_host_that_fails_ends_the_others_with_its_code(

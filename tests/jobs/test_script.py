@@ -130,6 +130,25 @@ def test_gpus_are_asked_for_unless_the_run_is_for_cpus(tmp_path: Path) -> None:
     assert "#SBATCH --gpus-per-node=4\n" in script
 
 
+@pytest.mark.parametrize(
+    ("option", "is_theirs"),
+    [
+        ("--gres=gpu:h200:4", True),
+        ("--gres=nvme:1,gpu:4", True),
+        ("--gpus-per-node=h200:4", True),
+        ("--gres=nvme:1", False),
+        ("--gpu-bind=closest", False),
+    ],
+)
+def test_gpus_are_asked_for_once(option: str, is_theirs: bool, tmp_path: Path) -> None:
+    engine = dataclasses.replace(tiny_config().engine, device=Device.auto)
+    config = tiny_config(cluster=cluster(options=[option]), engine=engine)
+    script = batch_script(config, place(tmp_path))
+    assert f"#SBATCH {option}\n" in script
+    # sbatch refuses GPUs with a type beside GPUs without one
+    assert ("#SBATCH --gpus-per-node=4\n" not in script) == is_theirs
+
+
 def test_scripts_are_clean_to_shellcheck(tmp_path: Path) -> None:
     assert SHELLCHECK is not None
     for number, value in enumerate(["plain", *HOSTILE]):

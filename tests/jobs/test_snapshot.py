@@ -103,6 +103,17 @@ def test_an_unpacked_archive_has_no_commit_but_a_hash(root: Path, tmp_path: Path
     assert snapshot.tree_sha256 == in_git.tree_sha256
 
 
+def test_what_jobs_say_in_an_unpacked_archive_is_no_part_of_the_code(
+    root: Path, tmp_path: Path
+) -> None:
+    shutil.rmtree(root / ".git")
+    before = describe(root, tmp_path / "code")
+    log = root / "slurm/logs/pretrain-17/rank-0.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("step 1\n")
+    assert describe(root, tmp_path / "code") == before
+
+
 def test_this_checkout_is_found() -> None:
     assert checkout() == Path(__file__).resolve().parents[2]
 

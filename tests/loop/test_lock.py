@@ -150,6 +150,21 @@ def test_a_damaged_lock_is_replaced(tmp_path):
         lock.refresh()
 
 
+def test_a_link_whose_answer_was_lost_is_our_own(tmp_path, monkeypatch):
+    """A client of NFS asks again, and then hears that the name is there."""
+    link = os.link
+
+    def link_twice(source, target):
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", link_twice)
+    with RunLock(tmp_path) as lock:
+        lock.refresh()
+        with pytest.raises(ConfigError, match="in use"), RunLock(tmp_path):
+            pass
+
+
 def test_of_many_that_start_together_one_gets_the_folder(tmp_path):
     processes = [
         subprocess.Popen(

@@ -1,5 +1,6 @@
 """What fails on one rank fails on all of them, and nobody waits."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from pretrain.compose import load
 from pretrain.engine.world import World
 from pretrain.errors import ConfigError, DataError
-from pretrain.loop.run_folder import begin_life, on_all_ranks, on_rank_0
+from pretrain.loop.run_folder import begin_life, on_all_ranks, on_rank_0, write_requeue_record
 from pretrain.testing import load_module, run_ranks
 
 SELF = Path(__file__)
@@ -65,3 +66,15 @@ def test_what_changed_since_the_last_life_is_said_once(
         "resuming with run.steps=9 (was 7)"
     ]
     assert not (tmp_path / "requeue.json").exists()
+
+
+@pytest.mark.faults
+def test_a_record_for_the_batch_script_that_cannot_be_written_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    named = tmp_path / "of-the-job.json"
+    monkeypatch.setenv("PRETRAIN_REQUEUE_RECORD", str(named))
+    (tmp_path / "requeue.json").mkdir()
+    write_requeue_record(tmp_path, 7)
+    assert json.loads(named.read_text())["step"] == 7
+    assert "requeue.json cannot be written" in caplog.text

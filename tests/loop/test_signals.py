@@ -32,6 +32,29 @@ def test_handlers_are_restored():
     assert [signal.getsignal(number) for number in numbers] == before
 
 
+@pytest.mark.faults
+def test_what_training_starts_survives_the_signal_for_all_processes_of_a_step():
+    """A compiler that ended there would take the rank with it, which is about to save."""
+    with StopSignals() as stop:
+        child = subprocess.Popen(["sleep", "60"])
+        try:
+            for pid in (child.pid, os.getpid()):
+                os.kill(pid, signal.SIGUSR1)
+            time.sleep(0.5)
+            assert child.poll() is None
+            assert stop.received is signal.SIGUSR1
+        finally:
+            child.kill()
+            child.wait()
+
+
+def test_a_signal_that_nobody_has_asked_about_does_not_strike_at_the_end():
+    with StopSignals():
+        os.kill(os.getpid(), signal.SIGUSR1)
+    # its default action would have ended this process
+    assert signal.SIGUSR1 not in signal.sigpending()
+
+
 PROGRAM = """
 import time
 from pretrain.loop.signals import StopSignals

@@ -150,6 +150,15 @@ def test_both_lives_of_a_run_folder_share_one_id_even_after_it_moved(tmp_path):
     assert stored_run_id(tmp_path / "old", "second") != first
 
 
+def test_an_id_that_a_full_disk_has_left_empty_is_written_again(tmp_path):
+    path = tmp_path / "wandb/run-id.txt"
+    first = stored_run_id(tmp_path, "first")
+    path.write_text("")
+    assert stored_run_id(tmp_path, "first") == first
+    assert path.read_text().strip() == first
+    assert [other.name for other in path.parent.iterdir()] == ["run-id.txt"]
+
+
 def test_disabled_starts_nothing(tmp_path):
     assert start(tmp_path, WandbMode.disabled) is None
     assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,8 @@
+import json
 import os
 import time
+
+import pytest
 
 from pretrain.reporting.run import read_run
 
@@ -16,6 +19,19 @@ def test_a_run_whose_record_stands_still_is_silent(make_living_run):
     old_s = time.time() - 61
     os.utime(folder / "metrics.jsonl", (old_s, old_s))
     assert read_run(folder).state == "silent"
+
+
+@pytest.mark.parametrize(("age_s", "state"), [(90, "running"), (1300, "silent")])
+def test_a_first_life_may_take_as_long_to_its_first_step_as_the_watchdog_allows(
+    make_living_run, age_s, state
+):
+    folder = make_living_run(steps=0)
+    (folder / "metrics.jsonl").unlink(missing_ok=True)
+    path = folder / "lineage.jsonl"
+    begun = json.loads(path.read_text())
+    path.write_text(json.dumps(begun | {"time_s": time.time() - age_s}) + "\n")
+    # guards.stall_s=1200
+    assert read_run(folder).state == state
 
 
 def test_a_run_with_all_its_steps_is_finished_although_its_end_is_missing(make_living_run):

@@ -91,7 +91,8 @@ SHOWS_ITS_WORDS = """
 for word in "$@"; do printf '[%s]' "$word"; done
 echo "inside: $INSIDE"
 """
-CONTAINER = "container=(--export=ALL,INSIDE=true env 'INSIDE=a box; $HOME')\n"
+# pyxis begins in the folder that the image names
+CONTAINER = "container=(--export=ALL,INSIDE=true env --chdir=/ 'INSIDE=a box; $HOME')\n"
 
 
 @dataclass
@@ -122,6 +123,16 @@ CASES = {
     ),
     "bad-preflight": Case(CRASHES_AT_ONCE, environment=()),
     "container": Case(SHOWS_ITS_WORDS, arguments=("run.name=two words", "a='$(id);*'")),
+    "inside-another": Case(
+        SAVES_A_LATER_STEP,
+        environment=(
+            "PRETRAIN_PREFLIGHT=0",
+            "PRETRAIN_MAX_REQUEUES=1",
+            "SLURM_RESTART_COUNT=5",
+            "SLURM_STEP_ID=0",
+            "SLURM_CPU_BIND=corescores",
+        ),
+    ),
 }
 
 
@@ -198,6 +209,13 @@ def test_a_job_restarts_so_often_and_no_oftener(ended):
     job = ended("requeues")
     assert job.code_and_restarts == ("75:0", "1"), job.log
     assert "restarted 1 times, which is enough (PRETRAIN_MAX_REQUEUES=1)" in job.log
+
+
+def test_a_job_submitted_from_inside_another_goes_by_its_own_numbers(ended):
+    """What the shell of another job's step hands on, as SLURM 22.05 does."""
+    job = ended("inside-another")
+    assert job.code_and_restarts == ("75:0", "1"), job.log
+    assert "restart 0: saved step 0 on a signal; queues again" in job.log
 
 
 def test_the_code_of_a_mistake_survives_the_killing_of_the_others(ended):
