@@ -5,7 +5,10 @@ import logging
 import math
 import statistics
 import time
-from dataclasses import dataclass
+from bisect import bisect
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,8 @@ from pretrain.config import TrainConfig
 from pretrain.loop.lineage import FINISHED, STOPPED, UNKNOWN, Life, goodput, read_lives
 from pretrain.loop.origin import read_origin
 from pretrain.loop.passed_over import Rewind, read_rewinds
-from pretrain.loop.state import TrainState, last_step
-from pretrain.reporting.record import RunRecord
+from pretrain.loop.state import TrainState, last_step, total_tokens
+from pretrain.reporting.record import RunRecord, Series
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +34,8 @@ class Run:
     """What a run folder holds, read once."""
 
     folder: Path
+    name: str
+    """The run's, or its folder's where it is shown beside another run of that name."""
     config: TrainConfig
     record: RunRecord
     discarded: RunRecord
@@ -50,15 +55,24 @@ class Run:
     """Code, software and devices of the newest life."""
 
     @property
-    def name(self) -> str:
-        """The run's name."""
-        return self.config.run.name
-
-    @property
     def last_step(self) -> int:
         """The step at which it ends."""
-        record = self.record
-        return last_step(self.config, TrainState(step=record.step, tokens=int(record.tokens)))
+        return last_step(self.config, self._reached)
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens that it will have read at its end."""
+        return total_tokens(self.config, self._reached)
+
+    @property
+    def _reached(self) -> TrainState:
+        return TrainState(step=self.record.step, tokens=int(self.record.tokens))
+
+    def tokens_at(self, step: int) -> float:
+        """Tokens that it had read after a step, as recorded: a later life may change the batch."""
+        losses = self.record.series.get("loss/nats", Series())
+        taken = bisect(losses.steps, step)
+        return losses.tokens[taken - 1] if taken else 0.0
 
     @property
     def step_s(self) -> float:
@@ -119,6 +133,7 @@ def read_run(folder: Path, *, earlier: Run | None = None) -> Run:
         discarded.refresh()
     return Run(
         folder=folder,
+        name=config.run.name,
         config=config,
         record=record,
         discarded=discarded,
@@ -131,6 +146,12 @@ def read_run(folder: Path, *, earlier: Run | None = None) -> Run:
         snapshots=_objects(sorted((folder / "code").glob("*/snapshot.json"))),
         origin=read_origin(folder),
     )
+
+
+def told_apart(runs: Sequence[Run]) -> list[Run]:
+    """The runs; those that share a name, as runs do that were given only a folder, have that."""
+    count = Counter(run.name for run in runs)
+    return [replace(run, name=str(run.folder)) if count[run.name] > 1 else run for run in runs]
 
 
 def end_of(life: Life) -> str:

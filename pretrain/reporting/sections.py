@@ -68,7 +68,7 @@ def facts(run: Run) -> list[tuple[str, str, str]]:
     return [
         ("loss", _nats(record.last("loss/nats")), "of the last step, nats per token"),
         ("held out", _nats(record.last("validation/loss_at_mean_nats")), "at the mean depth"),
-        ("tokens", scaled(record.tokens), f"of {scaled(config.total_tokens)}"),
+        ("tokens", scaled(record.tokens), f"of {scaled(run.total_tokens)}"),
         ("steps", f"{record.step:,}", f"of {run.last_step:,}"),
         ("tokens/s", pace, f"last {scaled(speed.values[-1])}" if speed else "no step yet"),
         (
