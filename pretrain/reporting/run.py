@@ -14,6 +14,7 @@ from typing import Any
 
 from pretrain.compose import thaw
 from pretrain.config import TrainConfig
+from pretrain.loop.control import FOLDER as CONTROL
 from pretrain.loop.lineage import FINISHED, STOPPED, UNKNOWN, Life, goodput, read_lives
 from pretrain.loop.origin import read_origin
 from pretrain.loop.passed_over import Rewind, read_rewinds
@@ -53,6 +54,10 @@ class Run:
     """Where the code of submitted jobs came from."""
     origin: dict[str, Any]
     """Code, software and devices of the newest life."""
+    heartbeat_s: float
+    """When its living process last touched the lock, seconds since 1970; 0 if there is none."""
+    is_asked_to_pause: bool
+    """Whether control/pause is there."""
 
     @property
     def last_step(self) -> int:
@@ -98,11 +103,11 @@ class Run:
     def seen_s(self) -> float:
         """When it last showed itself alive, seconds since 1970."""
         ends = [life.ended_s or life.began_s for life in self.lives]
-        return max([*ends, self.record.written_s])
+        return max([*ends, self.record.written_s, self.heartbeat_s])
 
     @property
     def state(self) -> str:
-        """finished, running, silent, or why its last life ended."""
+        """finished, running, paused, silent, or why its last life ended."""
         if not self.lives:
             return "not started" if not self.record.series else "no lineage"
         life = self.lives[-1]
@@ -113,7 +118,9 @@ class Run:
         patience_s = _SILENT_S
         if not math.isnan(self.step_s):
             patience_s = max(patience_s, _SILENT_STEPS * self.step_s)
-        return "running" if time.time() - self.seen_s < patience_s else "silent"
+        if time.time() - self.seen_s > patience_s:
+            return "silent"
+        return "paused" if self.is_asked_to_pause else "running"
 
 
 def read_run(folder: Path, *, earlier: Run | None = None) -> Run:
@@ -145,6 +152,8 @@ def read_run(folder: Path, *, earlier: Run | None = None) -> Run:
         scores=_scores(folder),
         snapshots=_objects(sorted((folder / "code").glob("*/snapshot.json"))),
         origin=read_origin(folder),
+        heartbeat_s=_modified_s(folder / "lock.json"),
+        is_asked_to_pause=(folder / CONTROL / "pause").exists(),
     )
 
 
@@ -164,6 +173,13 @@ def end_of(life: Life) -> str:
 def is_orderly(reason: str) -> bool:
     """Whether a life that ended so had saved: finished, or was told to stop."""
     return reason in (FINISHED, STOPPED) or reason.startswith("SIG")
+
+
+def _modified_s(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from pretrain.reporting.shares import rows_by_source
 from pretrain.reporting.svg import text_of
 from pretrain.reporting.tables import table
 
-_GOOD_STATES = ("finished", "running", "not started")
+_GOOD_STATES = ("finished", "running", "paused", "not started")
 _MOST_EVENTS = 30
 _MOST_LIVES = 60
 
