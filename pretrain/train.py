@@ -70,6 +70,7 @@ from pretrain.loop.state import (
     check_same_data,
     check_same_tokenizer,
     last_step,
+    total_rows,
     total_tokens,
 )
 from pretrain.loop.steps import Session, training_steps
@@ -307,6 +308,7 @@ def _check_inputs(config: TrainConfig, world: World) -> _Inputs:
         check_same_data(saved, identity["data_fingerprint"], config.data.shards)
         state = TrainState.from_dict(saved["train"])
         identity |= {key: saved[key] for key in ("adopted_from",) if key in saved}
+    on_all_ranks(world, lambda: check_epochs(config.data, order, total_rows(config, state)))
     return _Inputs(identity, held_out, order, sampler, newest, state, rewinds, digits)
 
 
@@ -338,7 +340,6 @@ def _check_data(config: TrainConfig, world: World) -> tuple[dict[str, str], Batc
         tokenizer_sha256=tokenizer.sha256,
     )
     order = train_order(config.data, manifest, config.run.seed)
-    check_epochs(config.data, manifest, order, config.total_steps * config.rows_per_step)
     held_out = valid_rows(
         config.data, rows=config.validation.rows, rank=world.rank, ranks=world.size
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from conftest import SMALL, run_cli, weights_of
+from pretrain.data.manifest import read_manifest
 from pretrain.loop.lineage import read_lives
 
 STEADY = ["loss/nats", "gradient/norm", "optimizer/learning_rate", "data/checksum", "depth/mean"]
@@ -51,6 +52,23 @@ def test_training_learns_and_leaves_a_record(finished: Path) -> None:
     log = (finished / "logs/rank-00000.log").read_text()
     assert "step 6/6" in log
     assert "validation at step 6" in log
+
+
+def test_a_life_of_other_batches_may_read_a_source_as_often_as_it_does(workspace: Path) -> None:
+    manifest = read_manifest(workspace / "out/data/small-tiny")
+    there = {source.name: source.totals("train").rows for source in manifest.sources}
+    # 6 steps of 16 rows; then 2 of 64 make 224 rows, not the 512 of 8 steps of 64
+    limit = 300 / sum(there.values())
+    sources = ", ".join(f'{name}: {{paths: ["{name}/*"], max_epochs: {limit}}}' for name in there)
+    done = train(workspace, "often", f"+data.sources={{{sources}}}")
+    assert done.returncode == 0, done.stderr
+    more = ["run.dir=out/runs/often", "batch.global_tokens=2048"]
+    done = run_cli(workspace, "train", *more, "run.steps=12")
+    assert done.returncode == 64
+    # 96 rows, and 6 steps of 64
+    assert "but 480 rows of this mixture" in done.stderr
+    done = run_cli(workspace, "train", *more, "run.steps=8")
+    assert done.returncode == 0, done.stderr
 
 
 def test_each_step_says_where_its_time_tokens_and_gradient_went(finished: Path) -> None:

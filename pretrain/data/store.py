@@ -137,18 +137,18 @@ def _milestones(config: DataConfig, names: list[str]) -> list[tuple[int, dict[st
 _USUAL_EPOCHS = 4.0
 
 
-def check_epochs(config: DataConfig, manifest: Manifest, order: Order, rows: int) -> None:
+def check_epochs(config: DataConfig, order: Order, rows: int) -> None:
     """Refuse a run of so many rows that would read a source more often than it may.
 
     Raises ConfigError; warns of sources that are read often and have no limit.
     """
-    for source, epochs in zip(manifest.sources, order.epochs(rows), strict=True):
+    for source, epochs in zip(order.sources, order.epochs(rows), strict=True):
         configured = config.sources.get(source.name)
         limit = None if configured is None else configured.max_epochs
         if limit is not None and epochs > limit:
             raise ConfigError(
                 f"data.sources.{source.name}.max_epochs={limit:g}, but {rows:,} rows of this "
-                f"mixture read its {source.totals('train').rows:,} rows {epochs:.2f} times. Give "
+                f"mixture read its {source.rows:,} rows {epochs:.2f} times. Give "
                 "it a smaller weight, or more text, or shorten the run."
             )
         if limit is None and epochs > _USUAL_EPOCHS:

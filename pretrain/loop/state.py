@@ -57,6 +57,11 @@ def total_tokens(config: TrainConfig, state: TrainState) -> int:
     return state.tokens + (last_step(config, state) - state.step) * config.batch.global_tokens
 
 
+def total_rows(config: TrainConfig, state: TrainState) -> int:
+    """Rows of the whole run, those that it went past included, as `total_tokens` counts."""
+    return state.rows + max(0, last_step(config, state) - state.step) * config.rows_per_step
+
+
 def check_same_data(saved: dict[str, Any], fingerprint: str, shards: str) -> None:
     """Raise DataError if a checkpoint's state names other shards than those at `shards`.
 

@@ -114,13 +114,13 @@ def test_a_run_that_repeats_a_source_too_often_does_not_start(make_shards, caplo
     rows = held * 3
     assert order.epochs(rows)[0] == pytest.approx(2.7, abs=0.01)
     config.sources["a"] = SourceConfig(weight=0.9, max_epochs=3.0)
-    check_epochs(config, manifest, order, rows)
+    check_epochs(config, order, rows)
     config.sources["a"] = SourceConfig(weight=0.9, max_epochs=2.0)
     with pytest.raises(ConfigError, match=r"max_epochs=2, but .* 2\.7\d times"):
-        check_epochs(config, manifest, order, rows)
+        check_epochs(config, order, rows)
     config.sources["a"] = SourceConfig(weight=0.9)
     with caplog.at_level(logging.WARNING):
-        check_epochs(config, manifest, order, 50 * rows)
+        check_epochs(config, order, 50 * rows)
     assert "source b will be read" in caplog.text
     with pytest.raises(ConfigError, match="must be above 0"):
         SourceConfig(max_epochs=0.0)
