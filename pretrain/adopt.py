@@ -54,6 +54,9 @@ def complete(overrides: Sequence[str]) -> list[str]:
     _check_contradictions(given, known, folder)
     # part of paths
     known["model.name"] = re.sub(r"[^\w.-]+", "-", shape.name)
+    if "run.dir" in given and not given.keys() & {"run.name", "experiment"}:
+        # otherwise the preset's, which is that of another model
+        known["run.name"] = re.sub(r"[^\w.-]+", "-", Path(str(given["run.dir"])).resolve().name)
     known |= {"depth.mean": depth.total, "depth.backprop": depth.with_grad}
     if not any(key in ("experiment", "batch", "debug") or "batch." in key for key in given):
         context = given.get("model.context", shape.context)

@@ -282,14 +282,16 @@ def _read(path: Path, kind: Any = tree.TrainConfig) -> Any:
 
 
 def _apply(node: Any, overrides: Sequence[str]) -> Any:
-    for override in parse_overrides(overrides):
+    parsed = parse_overrides(overrides)
+    names_folder = any(override.key_or_group == "run.dir" for override in parsed)
+    for override in parsed:
         if override.is_delete():
             raise ConfigError(
                 f"{override.input_line}: a run that exists takes key=value and +key=value only; "
                 "key=null unsets what may be unset."
             )
-        if override.key_or_group == "run.name":
-            # it led to the folder; the frozen name stays
+        if override.key_or_group == "run.name" and not names_folder:
+            # it led to the folder, which may have another name inside
             continue
         try:
             OmegaConf.update(node, override.key_or_group, override.value(), merge=True)

@@ -18,13 +18,15 @@ from pretrain.data.tokenizer import Tokenizer
 from pretrain.engine.config import Device
 from pretrain.engine.world import World, join, leave
 from pretrain.loop.plots import plot_depth_curve
+from pretrain.loop.run_folder import on_rank_0, try_folder
 from pretrain.loop.state import check_same_data, check_same_tokenizer
 from pretrain.loop.trained import Trained, check_is_here, load_trained
 from pretrain.loop.validation import validate
 from pretrain.model.fixed import fixed_weights
+from pretrain.tasks.completions import most_new_tokens
 from pretrain.tasks.config import EvaluateOptions
 from pretrain.tasks.likelihood import Subject
-from pretrain.tasks.measure import check_options, measure
+from pretrain.tasks.measure import WRITTEN, check_options, measure
 from pretrain.tasks.records import Task, read_task
 from pretrain.tasks.report import plot, replace_result, show, write
 from pretrain.tasks.scores import Outcome
@@ -44,6 +46,8 @@ def main(config: EvaluateConfig) -> None:
     # where the run was trained says nothing about where it is evaluated
     world = join(dataclasses.replace(thaw(run_dir).engine, device=Device.auto))
     trained = load_trained(run_dir, world.device, step=options.step)
+    # of somebody else's run, say
+    on_rank_0(world, lambda: try_folder(run_dir / "evaluation"))
     if tasks:
         _measure_tasks(run_dir, trained, world, tasks, options)
     else:
@@ -81,6 +85,8 @@ def _measure_tasks(
         depths=tuple(options.depths),
         batch_tokens=trained.config.batch.micro_rows * trained.config.model.context,
     )
+    if world.is_main:
+        _warn_of_room(tasks, options, subject.context)
     folder = run_dir / "evaluation" / f"step-{trained.step:010d}"
     outcomes = []
     for task in tasks:
@@ -94,6 +100,18 @@ def _measure_tasks(
         _warn_of_cut(outcomes)
         picture = plot(folder / "score-by-depth.png", outcomes, title)
         print(f"written: {folder}\nplot:    {picture}")
+
+
+def _warn_of_room(tasks: Sequence[Task], options: EvaluateOptions, context: int) -> None:
+    room = most_new_tokens(context)
+    if options.max_new_tokens > room and any(task.kind in WRITTEN for task in tasks):
+        log.warning(
+            "half of the context of %d is the prompt's: answers have at most %d tokens, not "
+            "evaluate.max_new_tokens=%d",
+            context,
+            room,
+            options.max_new_tokens,
+        )
 
 
 def _warn_of_cut(outcomes: Sequence[Outcome]) -> None:
@@ -115,7 +133,6 @@ def _report(run_dir: Path, step: int, result: dict[str, Any]) -> None:
         table.add_row(str(depth), f"{loss:.4f}", f"{math.exp(loss):.2f}")
     Console().print(table)
     folder = run_dir / "evaluation"
-    folder.mkdir(exist_ok=True)
     path = folder / f"step-{step:010d}.json"
     replace_result(path, json.dumps({"step": step, **result}, indent=1) + "\n")
     plot = plot_depth_curve(path.with_suffix(".png"), depths, losses, title=title)

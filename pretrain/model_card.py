@@ -61,10 +61,12 @@ def _what(config: TrainConfig, parameters: int) -> str:
 
 
 def _training(config: TrainConfig, state: dict[str, Any]) -> str:
-    train, optimizer = state["train"], config.optimizer
+    train, optimizer, size = state["train"], config.optimizer, config.batch.global_tokens
+    # a life may have changed the batch
+    sizes = f" of {size:,}" if train["step"] * size == train["tokens"] else " of several sizes"
     lines = [
-        f"- {train['tokens']:,} tokens in {train['step']:,} steps of "
-        f"{config.batch.global_tokens:,}, in {config.engine.precision.value}",
+        f"- {train['tokens']:,} tokens in {train['step']:,} steps{sizes}, "
+        f"in {config.engine.precision.value}",
         f"- {optimizer.name}, peak learning rate {optimizer.learning_rate:g}, weight decay "
         f"{optimizer.weight_decay:g}",
         f"- seed {config.run.seed}, made with pretrain {__version__}",
@@ -111,7 +113,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
 ids = tokenizer("The capital of Norway is", add_special_tokens=False).input_ids
 input_ids = torch.tensor([[model.config.bos_token_id, *ids]])
 logits = model(input_ids, num_steps={depth}).logits

@@ -21,7 +21,6 @@ from pretrain.model.depth import DepthLaw, settled
 
 MICRO_ROWS = (1, 2, 4)
 DEADLINES_DAYS = (1, 7, 30, 90)
-_STORED_TOKEN_BYTES = 2
 
 
 def main(config: TrainConfig) -> None:
@@ -170,6 +169,8 @@ def _speed_table(plan: Plan) -> Table:
     config, cluster = plan.config, plan.config.cluster
     saved = checkpoint_bytes(config.model)
     days, expected = plan.hours / 24, plan.estimate
+    # as shards store them
+    token_bytes = 2 if config.tokenizer.vocabulary_size <= 2**16 else 4
     gone = expected.interruptions
     table = _table("Expected speed", "what", "value")
     for name, value in (
@@ -206,7 +207,7 @@ def _speed_table(plan: Plan) -> Table:
         (
             "loaders of a host",
             f"{plan.tokens_per_s / cluster.nodes:,.0f} tokens/s = "
-            f"{plan.tokens_per_s / cluster.nodes * _STORED_TOKEN_BYTES / 1e6:,.3g} MB/s of shards",
+            f"{plan.tokens_per_s / cluster.nodes * token_bytes / 1e6:,.3g} MB/s of shards",
         ),
         (
             "checkpoint",

@@ -32,6 +32,7 @@ from pretrain.engine.world import World, join, leave
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.loop.metrics import read_metrics
 from pretrain.loop.micro_batches import micro_batches
+from pretrain.loop.run_folder import on_rank_0, try_folder
 from pretrain.loop.state import check_same_data
 from pretrain.loop.trained import Trained, load_trained
 from pretrain.model.depth import Depth, step_depths
@@ -75,6 +76,7 @@ def main(config: ReplayConfig) -> None:
     first_row, rows = int(record["data/first_row"]), int(record["data/rows"])
     wanted = _wanted(config.rows, first_row, rows)
     trained = load_trained(run_dir, world.device, step=weights_before(run_dir, config.step))
+    on_rank_0(world, lambda: try_folder(run_dir / "replay"))
     check_same_data(trained.state, open_manifest(frozen.data).fingerprint, str(frozen.data.shards))
     results = _replay(trained, world, wanted, first_row=first_row, rows=rows)
     everyone = [result for part in world.gather_objects(results) for result in part]
@@ -101,27 +103,35 @@ def find_record(run_dir: Path, step: int) -> dict[str, Any]:
 def weights_before(run_dir: Path, step: int) -> int:
     """The step of the checkpoint whose weights are those that `step` began with, or nearest to it.
 
-    Says which. Raises CheckpointError if the run has none from before.
+    Nearest is the last one before it, or the first one behind it if those before are gone. Says
+    which. Raises CheckpointError if the run has none.
     """
     steps = {commit.step_of(folder): folder for folder in commit.committed(run_dir)}
     if step in steps and read_state(steps[step])["train"]["skipped_in_a_row"] > 0:
         log.info("weights: the checkpoint of step %d, which made no update", step)
         return step
-    before = [saved for saved in steps if saved is not None and saved < step]
-    if not before:
-        raise CheckpointError(
-            f"{run_dir} has no checkpoint from before step {step}; it has "
-            f"{', '.join(str(saved) for saved in steps) or 'none'}."
+    saved = [each for each in steps if each is not None]
+    if not saved:
+        raise CheckpointError(f"{run_dir} has no checkpoint, so there are no weights to run with.")
+    nearest = max((each for each in saved if each < step), default=min(saved))
+    updates = abs(step - 1 - nearest)
+    away = f"{updates} update{'s' * (updates != 1)}"
+    if updates == 0:
+        log.info("weights: the checkpoint of step %d, exactly those of the step", nearest)
+    elif nearest < step:
+        log.warning(
+            "weights: the checkpoint of step %d, %s before the step; losses will differ",
+            nearest,
+            away,
         )
-    if max(before) == step - 1:
-        log.info("weights: the checkpoint of step %d, exactly those of the step", step - 1)
     else:
         log.warning(
-            "weights: the checkpoint of step %d, %d updates before the step; losses will differ",
-            max(before),
-            step - 1 - max(before),
+            "weights: the checkpoint of step %d, %s after the step began, since none from before "
+            "is kept; losses will differ",
+            nearest,
+            away,
         )
-    return max(before)
+    return nearest
 
 
 def _wanted(asked: list[int], first_row: int, rows: int) -> list[int]:
@@ -244,7 +254,6 @@ def _report(
     if bad:
         print(f"rows whose loss or gradient is not finite: {', '.join(map(str, bad))}")
     path = run_dir / "replay" / f"step-{step:010d}.json"
-    path.parent.mkdir(exist_ok=True)
     lines = [json.dumps(_plain(result)) for result in results]
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
     print(f"written: {path}")

@@ -72,6 +72,7 @@ from pretrain.loop.state import (
     check_same_on_all_ranks,
     check_same_tokenizer,
     last_step,
+    total_rows,
     total_tokens,
 )
 from pretrain.loop.steps import Session, training_steps
@@ -310,8 +311,7 @@ def _check_inputs(config: TrainConfig, world: World) -> _Inputs:
         check_same_data(saved, identity["data_fingerprint"], config.data.shards)
         state = TrainState.from_dict(saved["train"])
         identity |= {key: saved[key] for key in ("adopted_from",) if key in saved}
-    # of the whole life: the steps so far may have had another size
-    check_epochs(config.data, order, total_tokens(config, state) // config.model.context)
+    on_all_ranks(world, lambda: check_epochs(config.data, order, total_rows(config, state)))
     return _Inputs(identity, held_out, order, sampler, newest, state, rewinds, digits)
 
 

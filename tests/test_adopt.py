@@ -50,6 +50,8 @@ def compose(*overrides: str) -> AdoptConfig:
 
 def test_the_configuration_is_that_of_the_folder_and_the_published_run(published: Path) -> None:
     config = compose(f"hf={published}", "run.dir=R", "data.name=mine")
+    assert config.run.name == "R"
+    assert compose(f"hf={published}", "run.dir=runs/R", "run.name=mine").run.name == "mine"
     model, depth = config.model, config.depth
     raw = json.loads((published / "config.json").read_text())
     assert (model.name, model.width, model.heads) == ("published", raw["n_embd"], raw["n_heads"])

@@ -172,6 +172,17 @@ def test_a_run_folder_remembers_its_configuration(tmp_path: Path) -> None:
         load("train", [folder, "model.context=64"], resumes=True)
 
 
+def test_a_run_is_renamed_only_where_its_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_frozen(load("train", ["run.dir=out/runs/a"]), Path("out/runs/a"))
+    renamed = load("train", ["run.dir=out/runs/a", "run.name=other"], resumes=True)
+    assert (renamed.run.name, renamed.run.dir) == ("other", "out/runs/a")
+    found = load("train", ["run.name=a"], resumes=True)
+    assert (found.run.name, found.run.dir) == ("tiny", "out/runs/a")
+
+
 def test_a_run_that_exists_takes_new_tags_and_nothing_away(tmp_path: Path) -> None:
     folder = f"run.dir={tmp_path}"
     write_frozen(load("train", [folder]), tmp_path)

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -188,6 +190,31 @@ def test_an_export_says_what_it_is(inside: Path) -> None:
     config = json.loads((inside / "G/config.json").read_text())
     assert (config["mean_recurrence"], config["mean_backprop_depth"]) == (4, 2)
     assert (config["bos_token_id"], config["eos_token_id"]) == (0, [1, 4])
+
+
+def test_the_card_shows_how_to_use_it_without_a_question(inside: Path) -> None:
+    pytest.importorskip("transformers")
+    card = (inside / "G/README.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", card, flags=re.M | re.S)
+    # the model has a context of 32
+    code = code.replace("(FOLDER,", "('G',").replace("max_new_tokens=64", "max_new_tokens=4")
+    done = subprocess.run(
+        [sys.executable, "-c", code + "print(logits.shape, len(text[0]) - len(input_ids[0]))"],
+        cwd=inside, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "384])" in done.stdout
+    assert "custom code" not in done.stdout + done.stderr
+
+
+def test_a_card_of_a_run_whose_batch_was_changed_names_no_size(
+    inside: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(inside / "R", tmp_path / "R")
+    config = copy / "config.yaml"
+    config.write_text(config.read_text().replace("global_tokens: 256", "global_tokens: 512"))
+    export(ExportConfig(run=RunFolderConfig(dir=str(copy)), export=options(tmp_path / "E").export))
+    assert "5,120 tokens in 20 steps of several sizes" in (tmp_path / "E/README.md").read_text()
 
 
 def test_the_shards_hold_the_ids_of_auto_tokenizer(inside: Path) -> None:

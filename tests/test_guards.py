@@ -15,6 +15,8 @@ from conftest import SMALL, run_cli, weights_of
 from pretrain.compose import load
 from pretrain.data.store import open_manifest, train_order
 from pretrain.engine import fragments
+from pretrain.errors import CheckpointError
+from pretrain.replay import weights_before
 from pretrain.testing import start_commands
 
 pytestmark = pytest.mark.faults
@@ -82,6 +84,29 @@ def test_a_replay_gives_the_loss_that_was_recorded(workspace: Path) -> None:
     done = run_cli(workspace, "replay", f"run.dir={run_dir}", "step=5", "rows=[3]")
     assert done.returncode == 64
     assert "it had rows 64 to 79" in done.stderr
+
+
+def test_a_replay_takes_the_nearest_weights_that_are_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(CheckpointError, match="has no checkpoint"):
+        weights_before(tmp_path, 100)
+    for step in (320, 400):
+        folder = tmp_path / f"checkpoints/step-{step:010d}"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text('{"train": {"skipped_in_a_row": 0}}')
+    said = {
+        100: (320, "221 updates after the step began"),
+        320: (320, "1 update after the step began"),
+        321: (320, ""),
+        400: (320, "79 updates before the step"),
+        402: (400, "1 update before the step"),
+    }
+    for step, (nearest, warning) in said.items():
+        caplog.clear()
+        assert weights_before(tmp_path, step) == nearest
+        assert caplog.text.count("WARNING") == bool(warning)
+        assert warning in caplog.text
 
 
 # Every second loss or so is above the median: what counts as a spike here is ordinary noise.

@@ -248,6 +248,17 @@ def test_advice_names_a_validation_that_takes_long():
     assert advice(plan_of(*short, "validation.rows=32")) == []
 
 
+@pytest.mark.parametrize(("pieces", "token_bytes"), [(65_536, 2), (65_537, 4)])
+def test_loaders_are_priced_at_the_bytes_that_shards_keep_of_a_token(pieces, token_bytes, capsys):
+    main(load("train", [f"model.vocabulary_size={pieces}"]))
+    found = re.search(
+        r"loaders of a host +│ ([\d,]+) tokens/s = ([\d.]+) MB", capsys.readouterr().out
+    )
+    tokens_per_s, megabytes_per_s = float(found[1].replace(",", "")), float(found[2])
+    # the rate is shown to a whole number of some hundred, the bytes to three digits
+    assert megabytes_per_s * 1e6 / tokens_per_s == pytest.approx(token_bytes, rel=0.01)
+
+
 def test_short_runs_and_the_half_of_a_large_batch_are_shown(capsys):
     main(load("train", ["batch.global_tokens=8192", "batch.micro_rows=64"]))
     output = capsys.readouterr().out

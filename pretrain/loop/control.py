@@ -13,9 +13,11 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from pretrain.engine.world import World
+if TYPE_CHECKING:
+    # it brings torch, and whoever only looks for a request needs none
+    from pretrain.engine.world import World
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +37,7 @@ class Requests(NamedTuple):
 class Control:
     """The control files of a run. Every rank has one; only rank 0's ever sees a file."""
 
-    def __init__(self, run_dir: Path, world: World) -> None:
+    def __init__(self, run_dir: Path, world: "World") -> None:
         self._folder, self._world = run_dir / FOLDER, world
         self._unknown: set[str] = set()
         self.last = Requests()

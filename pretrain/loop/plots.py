@@ -103,8 +103,7 @@ def _plot_depths(path: Path, validations: list[dict[str, Any]]) -> Path:
     earlier = earlier[:: 1 + len(earlier) // _MOST_EARLIER]
     for index, record in enumerate(earlier):
         axes.plot(
-            record["validation/depths"],
-            record["validation/loss_nats"],
+            *_by_depth(record["validation/depths"], record["validation/loss_nats"]),
             color=_colour(index, len(earlier) + 1),
             alpha=0.45,
             linewidth=1.2,
@@ -121,7 +120,9 @@ def _plot_depths(path: Path, validations: list[dict[str, Any]]) -> Path:
 def _draw_depth_curve(
     axes: Axes, depths: Sequence[int], losses: Sequence[float], *, label: str | None
 ) -> None:
-    axes.plot(depths, losses, color=_INK, marker="o", markersize=5, linewidth=2, label=label)
+    axes.plot(
+        *_by_depth(depths, losses), color=_INK, marker="o", markersize=5, linewidth=2, label=label
+    )
     for depth, nats in zip(depths, losses, strict=True):
         if np.isfinite(nats):
             axes.annotate(
@@ -134,6 +135,14 @@ def _draw_depth_curve(
                 fontsize=8,
                 color=_INK,
             )
+
+
+def _by_depth(
+    depths: Sequence[int], losses: Sequence[float]
+) -> tuple[Sequence[int], Sequence[float]]:
+    """From shallow to deep, in whatever order they were asked for."""
+    ascending = sorted(zip(depths, losses, strict=True))
+    return [depth for depth, _ in ascending], [nats for _, nats in ascending]
 
 
 def _finish_depth_axes(axes: Axes, depths: Sequence[int]) -> None:

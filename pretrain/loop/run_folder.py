@@ -132,6 +132,17 @@ def on_all_ranks(world: World, deed: Callable[[], T]) -> T:
     return cast(T, result)
 
 
+def try_folder(folder: Path) -> None:
+    """Make a folder and write into it, before time is spent on what is to go there.
+
+    Raises OSError.
+    """
+    folder.mkdir(exist_ok=True)
+    trial = folder / f"trial.tmp-{os.getpid()}"
+    trial.touch()
+    trial.unlink()
+
+
 def write_requeue_record(run_dir: Path, step: int) -> None:
     """Tell the batch script that this life was stopped after saving `step` and may go on.
 

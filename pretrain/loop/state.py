@@ -58,6 +58,11 @@ def total_tokens(config: TrainConfig, state: TrainState) -> int:
     return state.tokens + (last_step(config, state) - state.step) * config.batch.global_tokens
 
 
+def total_rows(config: TrainConfig, state: TrainState) -> int:
+    """Rows of the whole run, those that it went past included, as `total_tokens` counts."""
+    return state.rows + max(0, last_step(config, state) - state.step) * config.rows_per_step
+
+
 def check_same_on_all_ranks(everyone: Sequence[Mapping[str, str]]) -> None:
     """Raise DataError if a rank has other shards or another tokenizer than rank 0.
 

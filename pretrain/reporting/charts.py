@@ -193,9 +193,10 @@ def _earlier(run: Run) -> list[Line]:
 
 
 def _depth_line(record: dict[str, list[float]], colour: str, *, label: str) -> Line:
+    points = sorted(zip(record["validation/depths"], record["validation/loss_nats"], strict=True))
     return Line(
-        x=record["validation/depths"],
-        y=record["validation/loss_nats"],
+        x=[depth for depth, _ in points],
+        y=[nats for _, nats in points],
         colour=colour,
         label=label,
         has_dots=True,
@@ -204,10 +205,9 @@ def _depth_line(record: dict[str, list[float]], colour: str, *, label: str) -> L
 
 def event_marks(run: Run) -> list[Mark]:
     """Where later lives began and where the run went back, on an axis of tokens."""
-    step_tokens = run.config.batch.global_tokens
     marks = [
         Mark(
-            x=life.first_step * step_tokens,
+            x=run.tokens_at(life.first_step),
             label=f"life {life.number} begins at step {life.first_step}",
             colour=_QUIET,
         )
@@ -215,7 +215,7 @@ def event_marks(run: Run) -> list[Mark]:
     ]
     marks += [
         Mark(
-            x=rewind.to_step * step_tokens,
+            x=run.tokens_at(rewind.to_step),
             label=f"went back here from step {rewind.from_step}",
             colour=_BAD,
         )

@@ -37,7 +37,12 @@ _METRICS = (
     ("host memory", "memory/host_bytes"),
 )
 _SHOWN_LIVES, _SHOWN_EVENTS = 3, 4
-_STATE_STYLES = {FINISHED: "bold green", "running": "bold green", "not started": "bold yellow"}
+_STATE_STYLES = {
+    FINISHED: "bold green",
+    "running": "bold green",
+    "paused": "bold yellow",
+    "not started": "bold yellow",
+}
 _EVENT_STYLES = {"bad": "red", "warn": "yellow", "note": "dim"}
 # what is left of a panel's width for a curve
 _FRAME_WIDTH = 48

@@ -5,17 +5,21 @@ import logging
 import math
 import statistics
 import time
-from dataclasses import dataclass
+from bisect import bisect
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pretrain.compose import thaw
 from pretrain.config import TrainConfig
+from pretrain.loop.control import FOLDER as CONTROL
 from pretrain.loop.lineage import FINISHED, STOPPED, UNKNOWN, Life, goodput, read_lives
 from pretrain.loop.origin import read_origin
 from pretrain.loop.passed_over import Rewind, read_rewinds
-from pretrain.loop.state import TrainState, last_step
-from pretrain.reporting.record import RunRecord
+from pretrain.loop.state import TrainState, last_step, total_tokens
+from pretrain.reporting.record import RunRecord, Series
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +35,8 @@ class Run:
     """What a run folder holds, read once."""
 
     folder: Path
+    name: str
+    """The run's, or its folder's where it is shown beside another run of that name."""
     config: TrainConfig
     record: RunRecord
     discarded: RunRecord
@@ -48,17 +54,30 @@ class Run:
     """Where the code of submitted jobs came from."""
     origin: dict[str, Any]
     """Code, software and devices of the newest life."""
-
-    @property
-    def name(self) -> str:
-        """The run's name."""
-        return self.config.run.name
+    heartbeat_s: float
+    """When its living process last touched the lock, seconds since 1970; 0 if there is none."""
+    is_asked_to_pause: bool
+    """Whether control/pause is there."""
 
     @property
     def last_step(self) -> int:
         """The step at which it ends."""
-        record = self.record
-        return last_step(self.config, TrainState(step=record.step, tokens=int(record.tokens)))
+        return last_step(self.config, self._reached)
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens that it will have read at its end."""
+        return total_tokens(self.config, self._reached)
+
+    @property
+    def _reached(self) -> TrainState:
+        return TrainState(step=self.record.step, tokens=int(self.record.tokens))
+
+    def tokens_at(self, step: int) -> float:
+        """Tokens that it had read after a step, as recorded: a later life may change the batch."""
+        losses = self.record.series.get("loss/nats", Series())
+        taken = bisect(losses.steps, step)
+        return losses.tokens[taken - 1] if taken else 0.0
 
     @property
     def step_s(self) -> float:
@@ -84,11 +103,11 @@ class Run:
     def seen_s(self) -> float:
         """When it last showed itself alive, seconds since 1970."""
         ends = [life.ended_s or life.began_s for life in self.lives]
-        return max([*ends, self.record.written_s])
+        return max([*ends, self.record.written_s, self.heartbeat_s])
 
     @property
     def state(self) -> str:
-        """finished, running, silent, or why its last life ended."""
+        """finished, running, paused, silent, or why its last life ended."""
         if not self.lives:
             return "not started" if not self.record.series else "no lineage"
         life = self.lives[-1]
@@ -100,7 +119,9 @@ class Run:
         patience_s = self.config.guards.stall_s
         if not math.isnan(self.step_s):
             patience_s = max(_SILENT_S, _SILENT_STEPS * self.step_s)
-        return "running" if time.time() - self.seen_s < patience_s else "silent"
+        if time.time() - self.seen_s > patience_s:
+            return "silent"
+        return "paused" if self.is_asked_to_pause else "running"
 
 
 def read_run(folder: Path, *, earlier: Run | None = None) -> Run:
@@ -120,6 +141,7 @@ def read_run(folder: Path, *, earlier: Run | None = None) -> Run:
         discarded.refresh()
     return Run(
         folder=folder,
+        name=config.run.name,
         config=config,
         record=record,
         discarded=discarded,
@@ -131,7 +153,15 @@ def read_run(folder: Path, *, earlier: Run | None = None) -> Run:
         scores=_scores(folder),
         snapshots=_objects(sorted((folder / "code").glob("*/snapshot.json"))),
         origin=read_origin(folder),
+        heartbeat_s=_modified_s(folder / "lock.json"),
+        is_asked_to_pause=(folder / CONTROL / "pause").exists(),
     )
+
+
+def told_apart(runs: Sequence[Run]) -> list[Run]:
+    """The runs; those that share a name, as runs do that were given only a folder, have that."""
+    count = Counter(run.name for run in runs)
+    return [replace(run, name=str(run.folder)) if count[run.name] > 1 else run for run in runs]
 
 
 def end_of(life: Life) -> str:
@@ -144,6 +174,13 @@ def end_of(life: Life) -> str:
 def is_orderly(reason: str) -> bool:
     """Whether a life that ended so had saved: finished, or was told to stop."""
     return reason in (FINISHED, STOPPED) or reason.startswith("SIG")
+
+
+def _modified_s(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:

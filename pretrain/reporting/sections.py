@@ -17,7 +17,7 @@ from pretrain.reporting.shares import rows_by_source
 from pretrain.reporting.svg import text_of
 from pretrain.reporting.tables import table
 
-_GOOD_STATES = ("finished", "running", "not started")
+_GOOD_STATES = ("finished", "running", "paused", "not started")
 _MOST_EVENTS = 30
 _MOST_LIVES = 60
 
@@ -68,7 +68,7 @@ def facts(run: Run) -> list[tuple[str, str, str]]:
     return [
         ("loss", _nats(record.last("loss/nats")), "of the last step, nats per token"),
         ("held out", _nats(record.last("validation/loss_at_mean_nats")), "at the mean depth"),
-        ("tokens", scaled(record.tokens), f"of {scaled(config.total_tokens)}"),
+        ("tokens", scaled(record.tokens), f"of {scaled(run.total_tokens)}"),
         ("steps", f"{record.step:,}", f"of {run.last_step:,}"),
         ("tokens/s", pace, f"last {scaled(speed.values[-1])}" if speed else "no step yet"),
         (

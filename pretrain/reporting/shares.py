@@ -1,6 +1,7 @@
 """Which sources a run's rows came from, by its law of mixture or its record: no shard is opened."""
 
 from pretrain.data.mixture import Mixture, Phases
+from pretrain.reporting.record import Series
 from pretrain.reporting.run import Run
 from pretrain.reporting.specs import EPOCHS, SHARE, Spec
 
@@ -13,15 +14,16 @@ def rows_by_source(run: Run) -> dict[str, int]:
     """
     data = run.config.data
     weights = {name: source.weight for name, source in data.sources.items()}
-    first = run.record.series.get("data/first_row")
-    if not weights or not first or any(weight is None for weight in weights.values()):
+    first, rows = run.record.last("data/first_row"), run.record.last("data/rows")
+    has_weights = bool(weights) and all(weight is not None for weight in weights.values())
+    if first is None or rows is None or not has_weights:
         return _recorded(run)
     phases = [(0, Mixture([weight or 0.0 for weight in weights.values()]))]
     for milestone in data.milestones:
         of_phase = Mixture([milestone.weights.get(name, 0.0) for name in weights])
         phases.append((milestone.first_row(data.context), of_phase))
     mixture = Phases(phases)
-    counts = mixture.counts(int(first.values[-1]) + run.config.rows_per_step)
+    counts = mixture.counts(int(first + rows))
     for rewind in run.rewinds:
         counts = counts - mixture.counts(rewind.next_row) + mixture.counts(rewind.first_row)
     found = dict(zip(weights, counts.tolist(), strict=True))
@@ -29,9 +31,16 @@ def rows_by_source(run: Run) -> dict[str, int]:
 
 
 def _recorded(run: Run) -> dict[str, int]:
-    rows = run.config.rows_per_step
+    sizes = run.record.series.get("data/rows", Series())
+    # a life may have changed the batch, so each step has its own number of rows
+    rows = dict(zip(sizes.steps, sizes.values, strict=True))
     found = {
-        key.removeprefix(SHARE): round(sum(series.values) * rows)
+        key.removeprefix(SHARE): round(
+            sum(
+                share * rows.get(step, 0.0)
+                for step, share in zip(series.steps, series.values, strict=True)
+            )
+        )
         for key, series in run.record.series.items()
         if key.startswith(SHARE)
     }

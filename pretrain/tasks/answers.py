@@ -4,7 +4,9 @@ import re
 from fractions import Fraction
 
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:\s*/\s*\d+)?")
-_FOUND_NUMBER = re.compile(r"(?<![\w.])[-\u2212+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+")
+_FOUND_NUMBER = re.compile(
+    r"(?<![\w.])[-\u2212+]?\$?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
+)
 _MARKERS = re.compile(r"(?:####|\b[Aa]nswer:|\b[Aa]nswer is:?)[ \t]*([^\n]+)")
 # Spelling without meaning; the longer ones first.
 _SILENT = (

@@ -38,14 +38,18 @@ def decoding(
     """
     return Decoding(
         num_steps=depth,
-        # a prompt keeps at least half of the context
-        max_new_tokens=min(max_new_tokens, max(subject.context // 2, 1)),
+        max_new_tokens=min(max_new_tokens, most_new_tokens(subject.context)),
         # a single iteration has nothing to exit from
         exit=exit if depth > 1 else Exit.none,
         exit_threshold=exit_threshold if depth > 1 else None,
         seed=STATE_SEED,
         stop_ids=subject.tokenizer.special.stops(),
     )
+
+
+def most_new_tokens(context: int) -> int:
+    """How many may be asked for: a prompt keeps at least half of the context."""
+    return max(context // 2, 1)
 
 
 def complete(

@@ -56,6 +56,22 @@ def test_one_measurement_can_be_drawn_alone(tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_order_in_which_depths_were_measured_changes_no_picture(tmp_path):
+    found = [(1, 4.0), (4, 2.0), (16, 3.0)]
+    pictures = []
+    for name, points in (("a", found), ("b", [found[2], found[0], found[1]])):
+        depths, losses = [list(each) for each in zip(*points, strict=True)]
+        alone = plot_depth_curve(tmp_path / f"{name}.png", depths, losses, title="step 7")
+        (tmp_path / name).mkdir()
+        log = MetricLog(tmp_path / name / "metrics.jsonl")
+        for step in (1, 2):
+            validation = {"validation/depths": depths, "validation/loss_nats": losses}
+            log.write({"step": step, "tokens": step * 1000} | validation)
+        log.close()
+        pictures.append([path.read_bytes() for path in (alone, *plot_run(tmp_path / name))])
+    assert pictures[0] == pictures[1]
+
+
 def test_smoothing_keeps_straight_lines_and_ends_and_skips_what_is_not_finite():
     straight = np.linspace(5.0, 1.0, 400)
     # Sums of up to 400 numbers below 5: 400 x 5 x 2^-52, divided by the window, is below 1e-12.

@@ -7,11 +7,15 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from pretrain.config import ReportConfig, RunFolderConfig
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.loop.metrics import encode_record
+from pretrain.report import main
+from pretrain.reporting.charts import event_marks
 from pretrain.reporting.config import ReportOptions
 from pretrain.reporting.page import render
-from pretrain.reporting.run import read_run
+from pretrain.reporting.run import read_run, told_apart
+from reporting.conftest import life, write_lines
 
 VOID = {"meta", "link", "br"}
 
@@ -92,6 +96,16 @@ def test_an_evaluation_is_on_the_page(make_run):
     page = render([read_run(folder)])
     assert "4.321" in page
     assert "3.217" in page
+
+
+def test_an_evaluation_from_deep_to_shallow_shows_each_depth_its_own_value(make_run):
+    folder = make_run()
+    (folder / "evaluation").mkdir()
+    found = {"step": 40, "validation/depths": [64, 8, 1], "validation/loss_nats": [3.2, 3.6, 4.3]}
+    (folder / "evaluation/step-0000000040.json").write_text(json.dumps(found))
+    page = render([read_run(folder)])
+    shown = re.findall(r">depth (\d+)</text><text[^>]*>first, step 40 ([\d.]+)<", page)
+    assert shown == [("1", "4.3"), ("8", "3.6"), ("64", "3.2")]
 
 
 def test_a_name_with_a_script_is_text(make_run):
@@ -179,6 +193,34 @@ def test_two_runs_are_drawn_over_one_another(make_run):
     assert "model.width" not in differing
 
 
+def test_runs_of_one_name_are_told_apart_by_their_folders(make_run):
+    folders = [make_run("first"), make_run("second", seed=7), make_run("third", seed=8)]
+    config = folders[1] / "config.yaml"
+    config.write_text(config.read_text().replace("name: second", "name: first"))
+    runs = told_apart([read_run(folder) for folder in folders])
+    assert [run.name for run in runs] == [str(folders[0]), str(folders[1]), "third"]
+
+
+def test_a_life_that_changed_the_batch_stands_where_its_tokens_begin(make_run):
+    folder = make_run(steps=10)
+    write_lines(
+        folder / "lineage.jsonl",
+        life(1, first_step=0, at_s=0),
+        life(2, first_step=10, at_s=60),
+        life(3, first_step=14, at_s=90),
+    )
+    with (folder / "metrics.jsonl").open("ab") as file:
+        # four steps of twice the size, then two as the configuration has them again
+        for step, tokens in ((11, 12), (12, 14), (13, 16), (14, 18), (15, 19), (16, 20)):
+            rows = {"data/first_row": tokens * 8 - 16, "data/rows": 16 if step < 15 else 8}
+            record = step_like(step, 4.0) | {"tokens": tokens * 1024} | rows
+            file.write(encode_record(record))
+    run = read_run(folder)
+    assert [mark.x for mark in event_marks(run)] == [10 * 1024, 18 * 1024]
+    # 320 steps in all, of which 304 are to come
+    assert run.total_tokens == (20 + 304) * 1024
+
+
 def test_a_metric_that_nobody_foresaw_is_drawn(make_run):
     folder = make_run(steps=5)
     with (folder / "metrics.jsonl").open("ab") as file:
@@ -242,6 +284,19 @@ def test_options_that_cannot_be_are_refused(change, named):
     options = {"to": None, "compare": [], "states": True, "prompt": "a", "iterations": 8}
     with pytest.raises(ConfigError, match=named):
         ReportOptions(**options | change)
+
+
+@pytest.mark.parametrize(
+    ("to", "said"), [("", "is a folder"), ("report.html/page.html", "cannot be written")]
+)
+def test_a_page_that_cannot_be_written_is_named_and_leaves_nothing(make_run, tmp_path, to, said):
+    folder, place = make_run(steps=3), tmp_path / "pages"
+    place.mkdir()
+    (place / "report.html").write_text("a page")
+    options = ReportOptions(to=str(place / to), compare=[], states=False, prompt="", iterations=2)
+    with pytest.raises(ConfigError, match=f"{place}.*{said}.*report.to="):
+        main(ReportConfig(run=RunFolderConfig(dir=str(folder)), report=options))
+    assert [path.name for path in tmp_path.rglob("*.html*")] == ["report.html"]
 
 
 def test_the_command_needs_no_torch(make_run):

@@ -34,6 +34,19 @@ def test_a_first_life_may_take_as_long_to_its_first_step_as_the_watchdog_allows(
     assert read_run(folder).state == state
 
 
+def test_a_run_that_was_asked_to_pause_is_paused_while_its_heart_beats(make_living_run):
+    folder = make_living_run(steps=10)
+    old_s = time.time() - 61
+    os.utime(folder / "metrics.jsonl", (old_s, old_s))
+    (folder / "control").mkdir()
+    (folder / "control/pause").touch()
+    assert read_run(folder).state == "silent"
+    (folder / "lock.json").touch()
+    assert read_run(folder).state == "paused"
+    (folder / "control/pause").unlink()
+    assert read_run(folder).state == "running"
+
+
 def test_a_run_with_all_its_steps_is_finished_although_its_end_is_missing(make_living_run):
     assert read_run(make_living_run(steps=320)).state == "finished"
 

@@ -189,15 +189,15 @@ def test_sources_without_weights_have_the_shares_that_were_recorded(make_run):
     folder = make_run(steps=1)
     config = folder / "config.yaml"
     config.write_text(re.sub(r"weight: [\d.]+", "weight: null", config.read_text()))
-    for step in (2, 3):
-        shares = {"data/share_code": 0.75, "data/share_math": 0.25}
+    for step, size in ((2, 8), (3, 16)):
+        shares = {"data/share_code": 0.75, "data/share_math": 0.25, "data/rows": size}
         epochs = {"data/epochs_code": step / 4, "data/epochs_math": step / 8}
         add(folder, step=step, tokens=1024 * step, **shares, **epochs)
     page = render([read_run(folder)])
     part = page[page.index("<h2>Data</h2>") :].split("</section>")[0]
     rows = re.findall(r'<div class="bar"><span>(\w+)</span>.*?<small>(\d+) rows', part)
-    # two steps of eight rows
-    assert rows == [("code", "12"), ("math", "4")]
+    # a step of eight rows, and one of sixteen after a life that changed the batch
+    assert rows == [("code", "18"), ("math", "6")]
     assert part.count("<svg") == 1
     assert "data/share_code" not in page
     assert "data/epochs_code" not in page

@@ -46,6 +46,8 @@ def test_what_differs(given: str, answer: str) -> None:
         (" no digits here", "7", "no digits here"),
         (" blue\nor green", "blue", "blue"),
         ("\n \n", "7", ""),
+        ("So x = -.5", "-0.5", "-.5"),
+        ("7 of them, by release v1.5", "7", "7"),
     ],
 )
 def test_the_final_answer_is_found(text: str, answer: str, found: str) -> None:

@@ -449,6 +449,26 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(
         evaluate.main(compose(tmp_path, [task_files[name] for name in tasks], override))
 
 
+def test_answers_that_have_no_room_are_said_to_be_shorter(
+    run_dir: Path, task_files: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = shutil.copytree(run_dir, tmp_path / "run")
+    one = ("evaluate.depths=[1]", "evaluate.items=1", "evaluate.max_new_tokens=1000")
+    for name, said in (("birds", 0), ("sums", 1)):
+        caplog.clear()
+        evaluate.main(compose(copy, [task_files[name]], *one))
+        assert caplog.text.count("evaluate.max_new_tokens=1000") == said
+
+
+def test_a_folder_that_takes_no_results_is_named_before_anything_is_measured(
+    run_dir: Path, task_files: dict[str, Path], tmp_path: Path
+) -> None:
+    copy = shutil.copytree(run_dir, tmp_path / "run")
+    (copy / "evaluation").touch()
+    with pytest.raises(ConfigError, match=f"{copy}/evaluation.*permission"):
+        evaluate.main(compose(copy, [task_files["birds"]]))
+
+
 def test_a_result_takes_the_place_of_another_and_loses_none(tmp_path: Path) -> None:
     path = tmp_path / "step-0000000006.json"
     for text in ("first", "first", "second", "third"):
