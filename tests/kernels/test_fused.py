@@ -461,7 +461,7 @@ def test_sizes_past_two_to_the_31() -> None:
     assert torch.equal(whole.sum_ND[last], made.sum_ND)
     assert torch.equal(whole.out_ND[last], made.out_ND)
     norm = {"gain_a_D": gain_D, "rstd_b_N": None, "gain_b_D": None}
-    again = norm_chain_output(x, whole.rstd_a_N, **norm)
+    again = norm_chain_output(whole.sum_ND, whole.rstd_a_N, **norm)
     assert torch.equal(again, whole.out_ND)
     del again
     dsum = norm_chain_backward(x, None, x, rstd_a_N=whole.rstd_a_N, **norm, out=whole.out_ND)

@@ -58,8 +58,9 @@ def test_losses_and_gradients_are_as_near_to_float64_as_the_plain_modules() -> N
         torch.testing.assert_close(loss.double(), wanted_loss, rtol=2e-6, atol=0)
         errors.append(PATHS.distances(found, wanted))
     for name, plain_error in errors[0].items():
-        # gradients of few terms err by luck on either path (tests/model/fused/test_rounding.py)
-        assert errors[1][name] <= 2 * plain_error + 2e-7, name
+        # gradients of few terms err by luck on either path (tests/model/fused/test_rounding.py); a
+        # GPU had 1.1e-6 beside 4.0e-7, and a wrong term would be of the order of 1
+        assert errors[1][name] <= 4 * plain_error + 5e-7, name
 
 
 def test_what_is_kept_and_whether_there_is_a_gradient_changes_no_bit() -> None:
