@@ -77,6 +77,22 @@ def test_batch_that_does_not_divide_is_refused_with_the_nearest():
     assert "16711680 (170 micro-steps)" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("word", "unit"),
+    [
+        ("cluster.gpu_flops=312", "FLOP per second: 312 TFLOP/s are 3.12e14"),
+        ("cluster.gpu_memory_bytes=80", "bytes: 80 GB are 80_000_000_000"),
+        ("cluster.gpu_flops=inf", "FLOP per second"),
+    ],
+)
+def test_a_rate_or_size_in_another_unit_is_refused(word, unit):
+    with pytest.raises(ConfigError) as caught:
+        plan_of(word)
+    name, _, _ = word.partition("=")
+    assert f"{name}=" in str(caught.value)
+    assert f"is in {unit}" in str(caught.value)
+
+
 def test_published_cluster_reaches_the_published_speed():
     """512 Frontier nodes in lockstep, checkpointed: the paper reports 244-293 tokens/s for each of
     4096 devices at 41-51 % of their measured matrix rate."""

@@ -102,9 +102,15 @@ class ClusterConfig:
     """Whether a job checks its nodes before it trains."""
 
     def __post_init__(self) -> None:
-        for name in ("nodes", "gpus_per_node", "gpu_memory_bytes", "gpu_flops"):
-            if not 1 <= getattr(self, name) < math.inf:
+        for name in ("nodes", "gpus_per_node"):
+            if getattr(self, name) < 1:
                 raise ConfigError(f"cluster.{name}={getattr(self, name)} must be at least 1.")
+        for name, least, unit in (
+            ("gpu_memory_bytes", 1e6, "bytes: 80 GB are 80_000_000_000"),
+            ("gpu_flops", 1e9, "FLOP per second: 312 TFLOP/s are 3.12e14"),
+        ):
+            if not least <= getattr(self, name) < math.inf:
+                raise ConfigError(f"cluster.{name}={getattr(self, name)} is in {unit}.")
         if not 0 < self.utilization <= 1:
             raise ConfigError(f"cluster.utilization={self.utilization} must be in (0, 1].")
         for name, least in (
