@@ -131,6 +131,7 @@ def test_float8_trains_in_bf16_and_is_refused_in_fp32(
     cpu = torch.device("cpu")
     trained = load_trained(run_dir, cpu)
     options = EvaluateOptions(depths=[1, 4], rows=8)
+    (run_dir / "evaluation").mkdir()
     with PATHS.counted_copies() as counted:
         evaluate._measure_held_out(run_dir, trained, World(0, 1, 0, cpu), options)
     layers = sum(isinstance(module, SandwichBlock) for module in trained.model.modules())
