@@ -10,8 +10,8 @@ from pathlib import Path
 from pretrain.errors import CheckpointError, ConfigError
 
 _RECORD = "submit.json"
-# Where SLURM's programs find their cluster.
-_FOR_CLIENTS = ("SLURM_CONF", "SLURM_CLUSTERS")
+# Where SLURM's programs find their cluster, and by what it knows the user.
+_FOR_CLIENTS = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
