@@ -43,6 +43,7 @@ from pretrain.errors import ConfigError, DataError
 log = logging.getLogger(__name__)
 
 WORK_FOLDER = ".build"
+LOCK_FILE = "lock"
 # tar headers, lengths and padding beside the tokens; seen: 1 to 3 % at contexts from 512 on
 OVERHEAD = 1.05
 
@@ -112,7 +113,14 @@ def _sweep(folder: Path) -> None:
         # not where another build is about to find these shards, or where this user may not write
         with suppress(DataError), _locked(folder, fcntl.LOCK_EX):
             log.info("removing what an earlier build has left: %s", work)
-            shutil.rmtree(work)
+            _clear_away(work)
+
+
+def _clear_away(work: Path) -> None:
+    """Remove all below the work folder, under its lock; `_locked` then removes the folder."""
+    for folder in work.glob("*/"):
+        shutil.rmtree(folder)
+    (work / LOCK_FILE).unlink(missing_ok=True)
 
 
 class _Build:
@@ -139,7 +147,7 @@ class _Build:
 
     def run(self) -> Manifest:
         if self._is_overtaken():
-            shutil.rmtree(self._folder / WORK_FOLDER)
+            _clear_away(self._work.parent)
             return reuse(self._config, self._settings, self._folder)
         self._clear_others()
         self._work.mkdir(parents=True, exist_ok=True)
@@ -160,7 +168,7 @@ class _Build:
             )
         commit(self._folder / INPUTS_FILE, json.dumps(self._inputs, indent=1).encode())
         commit(self._folder / MANIFEST_FILE, manifest.to_bytes())
-        shutil.rmtree(self._folder / WORK_FOLDER)
+        _clear_away(self._work.parent)
         return read_manifest(self._folder)
 
     def run_share(self) -> None:
@@ -318,10 +326,13 @@ class _Build:
 @contextmanager
 def _locked(folder: Path, kind: int) -> Iterator[None]:
     """One build at a time in a folder (LOCK_EX), or jobs that share one (LOCK_SH)."""
+    work = folder / WORK_FOLDER
     with ExitStack() as stack:
+        # once the lock is closed: NFS keeps an open file that is removed, under another name
+        stack.callback(_remove_if_empty, work)
         try:
-            (folder / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(folder / WORK_FOLDER / "lock", "w"))
+            work.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(work / LOCK_FILE, "w"))
             fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DataError(
@@ -333,6 +344,11 @@ def _locked(folder: Path, kind: int) -> Iterator[None]:
                 "this user may write and lock; choose another data.shards."
             ) from error
         yield
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 @contextmanager

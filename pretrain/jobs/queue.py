@@ -10,8 +10,8 @@ from pathlib import Path
 from pretrain.errors import CheckpointError, ConfigError
 
 _RECORD = "submit.json"
-# Where SLURM's programs find their cluster.
-_FOR_CLIENTS = ("SLURM_CONF", "SLURM_CLUSTERS")
+# Where SLURM's programs find their cluster, and by what it knows the user.
+_FOR_CLIENTS = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,9 +65,12 @@ def _own_environment() -> dict[str, str]:
 
 def queued() -> list[Queued] | None:
     """This user's jobs that have not ended; None where no SLURM answers."""
-    command = ["squeue", "--me", "--noheader", "--format=%A|%T|%Z"]
+    # all: in hidden partitions too
+    command = ["squeue", "--me", "--all", "--noheader", "--format=%A|%T|%Z"]
+    # what a user likes to see of the queue hides the rest
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("SQUEUE_")}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environ)
     except (OSError, subprocess.TimeoutExpired):
         return None
     if done.returncode != 0:

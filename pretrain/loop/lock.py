@@ -176,6 +176,9 @@ class RunLock:
         # killed at its time limit, say, on another host than ours
         if self._is_of_our_queue(other) and self._has_ended(other.job_id):
             return f"SLURM job {other.job_id} has ended"
+        # the queue may take seconds to answer
+        if not self._path.exists():
+            return "it has just left"
         silence_s = self._silence_s()
         if silence_s > self._stale_s:
             return f"it has been silent for {silence_s:.0f} s, more than {self._stale_s:.0f} s"

@@ -115,9 +115,10 @@ class Run:
             return life.reason
         if self.record.step >= self.last_step:
             return FINISHED
-        # a first life may load and compile for minutes; the watchdog ends one that stands still
+        # until its first step a life may load and compile for minutes; the watchdog ends one that
+        # stands still
         patience_s = self.config.guards.stall_s
-        if not math.isnan(self.step_s):
+        if self.record.step > life.first_step:
             patience_s = max(_SILENT_S, _SILENT_STEPS * self.step_s)
         if time.time() - self.seen_s > patience_s:
             return "silent"

@@ -262,6 +262,30 @@ def test_a_build_killed_as_it_clears_away_leaves_nothing(config, tokenizer_folde
     assert not (Path(config.shards) / ".build").exists()
 
 
+def test_a_lock_that_nfs_keeps_while_it_is_open_stops_no_build(
+    config, tokenizer_folder, monkeypatch
+):
+    unlink, kept = os.unlink, []
+
+    def unlink_as_nfs_does(path, **more):
+        if os.path.basename(path) == "lock":
+            # renamed until the file is closed
+            kept.append(Path(config.shards) / f".build/.nfs{len(kept)}")
+            os.rename(Path(config.shards) / ".build/lock", kept[-1])
+        else:
+            unlink(path, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", unlink_as_nfs_does)
+        for _ in range(2):
+            assert build(config, tokenizer_folder) == read_manifest(Path(config.shards))
+    assert sorted((Path(config.shards) / ".build").iterdir()) == kept
+    for path in kept:
+        path.unlink()
+    build(config, tokenizer_folder)
+    assert not (Path(config.shards) / ".build").exists()
+
+
 def test_progress_counts_the_bytes_of_files_and_not_their_number(
     config, corpus, tokenizer_folder, monkeypatch, caplog
 ):

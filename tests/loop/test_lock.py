@@ -165,6 +165,23 @@ def test_a_link_whose_answer_was_lost_is_our_own(tmp_path, monkeypatch):
             pass
 
 
+def test_a_holder_that_leaves_while_the_queue_is_asked_leaves_it_free(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", "test")
+    RunLock(tmp_path).__enter__()
+    edit(tmp_path, host="elsewhere")
+
+    def leave(job_id):
+        (tmp_path / "lock.json").unlink()
+        return False
+
+    with RunLock(tmp_path, has_ended=leave) as lock:
+        lock.refresh()
+    assert "taken over: it has just left" in caplog.text
+
+
 def test_of_many_that_start_together_one_gets_the_folder(tmp_path):
     processes = [
         subprocess.Popen(

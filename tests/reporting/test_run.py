@@ -21,15 +21,18 @@ def test_a_run_whose_record_stands_still_is_silent(make_living_run):
     assert read_run(folder).state == "silent"
 
 
+@pytest.mark.parametrize("first_step", [0, 10])
 @pytest.mark.parametrize(("age_s", "state"), [(90, "running"), (1300, "silent")])
-def test_a_first_life_may_take_as_long_to_its_first_step_as_the_watchdog_allows(
-    make_living_run, age_s, state
+def test_a_life_may_take_as_long_to_its_first_step_as_the_watchdog_allows(
+    make_living_run, first_step, age_s, state
 ):
-    folder = make_living_run(steps=0)
-    (folder / "metrics.jsonl").unlink(missing_ok=True)
+    folder = make_living_run(steps=first_step)
+    began_s = time.time() - age_s
+    (folder / "metrics.jsonl").touch()
+    os.utime(folder / "metrics.jsonl", (began_s, began_s))
     path = folder / "lineage.jsonl"
-    begun = json.loads(path.read_text())
-    path.write_text(json.dumps(begun | {"time_s": time.time() - age_s}) + "\n")
+    begun = json.loads(path.read_text()) | {"first_step": first_step, "time_s": began_s}
+    path.write_text(json.dumps(begun) + "\n")
     # guards.stall_s=1200
     assert read_run(folder).state == state
 

@@ -1,6 +1,7 @@
 """A run folder whose holder is gone, in the eyes of a job on another host."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from private_slurm import Slurm
 
 from pretrain.errors import ConfigError
-from pretrain.jobs.queue import has_ended
+from pretrain.jobs.queue import has_ended, queued
 from pretrain.loop.lock import RunLock
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -52,3 +53,29 @@ def test_the_next_job_gets_the_folder_of_one_that_was_killed_and_of_no_other(
         lock.refresh()
     assert f"taken over: SLURM job {first} has ended" in caplog.text
     slurm.command("scancel", second)
+
+
+@pytest.mark.parametrize("shown", [{}, {"SQUEUE_STATES": "PENDING"}])
+def test_a_job_that_squeue_does_not_show_by_itself_has_not_ended(
+    slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shown: dict[str, str]
+) -> None:
+    """In a hidden partition, say: its own user, who is seldom root, has to ask for all."""
+    for name, value in shown.items():
+        monkeypatch.setenv(name, value)
+    squeue = tmp_path / "squeue"
+    squeue.write_text(f'#!/bin/sh\nexec runuser -u nobody -- {shutil.which("squeue")} "$@"\n')
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
+    partition = "PartitionName=hidden"
+    slurm.command("scontrol", "create", partition, "Nodes=ALL", "Hidden=YES", "State=UP")
+    job = slurm.submit("--partition=hidden", "--uid=nobody", "--chdir=/", *SLEEP)
+    try:
+        slurm.wait(job, "RUNNING")
+        assert not has_ended(job)
+        assert [each.job_id for each in queued() or []] == [job]
+    finally:
+        slurm.command("scancel", job)
+        slurm.wait(job, "CANCELLED")
+        slurm.command("scontrol", "delete", partition)
+    assert has_ended(job)
