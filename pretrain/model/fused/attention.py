@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch._dynamo.config as torch_dynamo
+import torch._dynamo.config as dynamo_config
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
@@ -162,7 +162,7 @@ def _flex(device: str) -> Callable[..., Any]:
         return flex_attention
     # Each mask has a graph for the first number of rows, any number and one; two masks in a process
     # may need more than the 8 that torch makes of one function.
-    torch_dynamo.recompile_limit = max(torch_dynamo.recompile_limit, 64)
+    dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, 64)
     # fullgraph: one compilation too many is an error, and not the plain op, in silence
     compiled: Callable[..., Any] = torch.compile(flex_attention, fullgraph=True)
     return compiled
