@@ -4,6 +4,7 @@
 # queues itself again. Batch scripts end in `exec launch/job.sh ...`, in the project's root.
 #
 # PRETRAIN_PREFLIGHT      1: check every node first and leave out those that fail; 0: do not
+# PRETRAIN_CHECK_MINUTES  how long that, and the probe, may take before they count as failed (30)
 # PRETRAIN_PROBE          1: then let all ranks together measure their links and compare the engine's
 #                         setting with a plain process (doctor.scope=job); 0: do not (smoke.sbatch does)
 # PRETRAIN_MAX_RESUBMITS  how often a job leaves nodes out before it gives up (3)
@@ -19,6 +20,7 @@ nodes=${SLURM_JOB_NUM_NODES:-1}
 tasks=${SLURM_NTASKS_PER_NODE:-${PRETRAIN_TASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}}
 max_resubmits=${PRETRAIN_MAX_RESUBMITS:-3}
 max_requeues=${PRETRAIN_MAX_REQUEUES:-100}
+check_minutes=${PRETRAIN_CHECK_MINUTES:-30}
 # Lives in a row whose last checkpoint is that of the life before; so many end the job.
 max_idle=2
 container=()
@@ -48,7 +50,7 @@ check_allocation() {
             "--ntasks-per-node=$SLURM_GPUS_ON_NODE."
     fi
     local name
-    for name in max_resubmits max_requeues; do
+    for name in max_resubmits max_requeues check_minutes; do
         [[ ${!name} =~ ^[0-9]+$ ]] ||
             fail 64 "PRETRAIN_${name^^} is '${!name}'; it must be a number."
     done
@@ -105,8 +107,9 @@ preflight() {
     export PRETRAIN_PREFLIGHT_DIR=$PWD/$logs/preflight-$restart
     mkdir -p "$PRETRAIN_PREFLIGHT_DIR"
     local code=0 node bad
+    # a time of its own, because where every node hangs there is nobody left to wait for
     srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=120 \
-        --output="$logs/preflight-$restart/task-%t.log" \
+        --time="$check_minutes" --output="$logs/preflight-$restart/task-%t.log" \
         "${container[@]+"${container[@]}"}" "$process" doctor doctor.scope=node "$@" || code=$?
     mapfile -t bad < <(unfit_nodes)
     if ((${#bad[@]} == nodes)); then
@@ -114,7 +117,8 @@ preflight() {
         blame_the_job "$((code ? code : 70))"
     fi
     if ((nodes > 1)); then
-        srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --output="$logs/preflight-$restart/compare.log" \
+        srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --time="$check_minutes" \
+            --output="$logs/preflight-$restart/compare.log" \
             "${container[@]+"${container[@]}"}" "$process" doctor doctor.scope=compare "$@" ||
             say "the comparison of the nodes finds something, see $logs/preflight-$restart"
         mapfile -t bad < <(unfit_nodes)
@@ -186,7 +190,7 @@ probe() {
     local code=0
     say "probes its $((nodes * tasks)) ranks together, see $logs/probe-$restart-0.log"
     srun --nodes="$nodes" --ntasks="$((nodes * tasks))" --ntasks-per-node="$tasks" \
-        --kill-on-bad-exit=1 --wait=60 --output="$logs/probe-$restart-%t.log" \
+        --kill-on-bad-exit=1 --wait=60 --time="$check_minutes" --output="$logs/probe-$restart-%t.log" \
         "${container[@]+"${container[@]}"}" "$process" doctor doctor.scope=job "$@" || code=$?
     ((code == 0)) || {
         obey

@@ -68,6 +68,7 @@ A_NODE_IS_ALWAYS_BAD = """
 [ "$4" = doctor.scope=compare ] || printf '{"node": "%s", "ok": %s}\\n' "$SLURMD_NODENAME" $is_ok \\
     > "$PRETRAIN_PREFLIGHT_DIR/$SLURMD_NODENAME.json"
 """
+EVERY_NODE_HANGS = "exec sleep 600\n"
 EVERY_NODE_IS_BAD = """
 [ "$4" = doctor.scope=compare ] && exit 1
 cp "$FOLDER/bad.json" "$PRETRAIN_PREFLIGHT_DIR/$SLURMD_NODENAME.json"
@@ -122,6 +123,9 @@ CASES = {
         FAILS_ITS_PROBE, TWO_NODES, environment=("PRETRAIN_PREFLIGHT=0", "PRETRAIN_PROBE=1")
     ),
     "bad-preflight": Case(CRASHES_AT_ONCE, environment=()),
+    "hanging-preflight": Case(
+        EVERY_NODE_HANGS, TWO_NODES, environment=("PRETRAIN_CHECK_MINUTES=1",)
+    ),
     "container": Case(SHOWS_ITS_WORDS, arguments=("run.name=two words", "a='$(id);*'")),
     "inside-another": Case(
         SAVES_A_LATER_STEP,
@@ -172,7 +176,8 @@ def ended(slurm, project, submit, tmp_path_factory) -> Callable[[str], Ended]:
 
     def wait(name: str) -> Ended:
         job_id, folder = jobs[name]
-        job = slurm.wait(job_id, *FINISHED, timeout_s=120)
+        # SLURM looks for steps that are over their time twice a minute
+        job = slurm.wait(job_id, *FINISHED, timeout_s=180)
         return Ended(job, project.log(job_id), folder)
 
     return wait
@@ -274,6 +279,13 @@ def test_a_preflight_that_cannot_run_blames_no_node(ended):
     job = ended("bad-preflight")
     assert job.code_and_restarts == ("1:0", "0"), job.log
     assert "the preflight itself failed (code 1), not the nodes" in job.log
+
+
+def test_a_preflight_that_hangs_everywhere_ends(ended):
+    hanging = ended("hanging-preflight")
+    assert hanging.job["JobState"] == "FAILED", hanging.log
+    assert hanging.job["Restarts"] == "0"
+    assert "no node left a result in " in hanging.log
 
 
 def test_a_container_is_put_around_every_rank_and_words_stay_whole(ended):
