@@ -17,7 +17,7 @@ BENCH_SECONDS ?= 20
 
 help:
 	@echo "make train     install if needed, then raw text to a trained model on this CPU"
-	@echo "make test      install if needed, then the tests (18 minutes on two cores)"
+	@echo "make test      install if needed, then the tests (20 minutes on two cores)"
 	@echo "make test-all  every test, also the slow ones, under transformers 4.x and lm-eval"
 	@echo "make test-slurm  every job script on a private SLURM (as root; slurm-wlm and munge)"
 	@echo "make harness   .venv-harness/bin/pretrain harness run, with lm-evaluation-harness"
