@@ -44,33 +44,6 @@ def test_generation_is_measured_beside_transformers_or_says_why_not(tmp_path, mo
     assert is_there or "not installed" in rows[-1]["op"]
 
 
-def test_rows_name_the_code_that_was_measured(tmp_path, monkeypatch):
-    """Tables that a benchmark adds to do not make it another code."""
-    folder = tmp_path / "checkout/kernels/benchmarks"
-    (folder / "results").mkdir(parents=True)
-    program, table = folder / "measurements.py", folder / "results/step.csv"
-    program.write_bytes((BENCHMARKS / "measurements.py").read_bytes())
-    monkeypatch.delenv("PRETRAIN_COMMIT", raising=False)
-    # no repository above it counts
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
-    measurements = load_module(program)
-    assert measurements.commit() == "unknown"
-    measurements.append(table, {"tokens_per_s": 1})
-    git = ["git", "-C", tmp_path / "checkout", "-c", "user.name=a", "-c", "user.email=a@b"]
-    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
-        subprocess.run([*git, *words], check=True)
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    assert measurements.commit() == head.stdout.strip()
-    measurements.append(table, {"tokens_per_s": 2})
-    assert measurements.commit() == head.stdout.strip()
-    program.write_text(program.read_text() + "\n")
-    assert measurements.commit() == head.stdout.strip() + "-dirty"
-    monkeypatch.setenv("PRETRAIN_COMMIT", "f952caa")
-    assert measurements.commit() == "f952caa"
-    with table.open() as file:
-        assert [row["tokens_per_s"] for row in csv.DictReader(file)] == ["1", "2"]
-
-
 SMALL = {
     "tokens": 40, "width": 96, "inner": 80, "heads": 4, "head_width": 24, "vocabulary": 300,
     "elements": 10_000,

@@ -9,7 +9,6 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +17,7 @@ import pytest
 import webdataset as wds
 
 from pretrain.data import progress, write
-from pretrain.data.build import _Build, _explaining_full_disk, build, build_share
+from pretrain.data.build import _Build, build, build_share
 from pretrain.data.config import Corpus, DataConfig, SourceConfig
 from pretrain.data.manifest import read_manifest
 from pretrain.data.parts import is_held_out
@@ -26,7 +25,6 @@ from pretrain.data.sources import find_parts, read_documents
 from pretrain.data.tokenizer import Tokenizer
 from pretrain.errors import ConfigError, DataError
 
-ROOT = Path(__file__).parents[2]
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "42", "birds", "in", "an", "oak")
 
 
@@ -365,14 +363,6 @@ def test_the_split_of_a_document_does_not_depend_on_the_others(config, tokenizer
     assert all(is_held_out(document_id, 0.3) for document_id in held_out)
 
 
-def test_a_full_disk_is_told_with_what_is_free(tmp_path):
-    with (
-        pytest.raises(DataError, match=r"No space left for .* \d+ bytes free"),
-        _explaining_full_disk(tmp_path),
-    ):
-        Path("/dev/full").write_bytes(b"x")
-
-
 def test_a_disk_that_fills_up_anywhere_is_told_and_built_on(
     config, corpus, tokenizer_folder, tmp_path, monkeypatch
 ):
@@ -502,9 +492,3 @@ def test_the_corpus_hash_follows_the_text(config, corpus, tokenizer_folder, tmp_
     assert after.source("books").corpus_sha256 == before.source("books").corpus_sha256
     assert after.source("notes").corpus_sha256 != before.source("notes").corpus_sha256
     assert after.fingerprint != before.fingerprint
-
-
-def test_tokenizing_processes_import_no_torch():
-    program = "import pretrain.data.parts, sys; sys.exit('torch' in sys.modules)"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    assert subprocess.run([sys.executable, "-c", program], env=environment).returncode == 0

@@ -1,5 +1,10 @@
 """Documents and chats as ids: who frames what, and what text can not do."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from pretrain.data.chat import Message
@@ -7,6 +12,7 @@ from pretrain.data.documents import Document
 from pretrain.data.encode import encode_document, encode_documents, encode_prompt, encode_turns
 from pretrain.data.tokenizer import Tokenizer
 
+ROOT = Path(__file__).parents[2]
 CHAT = (
     Message("system", "Be brief."),
     Message("user", "  2 + 3?\n"),
@@ -67,3 +73,9 @@ def test_many_documents_are_encoded_like_one(tokenizer: Tokenizer) -> None:
     ]
     one_by_one = [encode_document(tokenizer, document) for document in documents]
     assert encode_documents(tokenizer, documents, threads=2) == one_by_one
+
+
+def test_tokenizing_processes_import_no_torch() -> None:
+    program = "import pretrain.data.parts, sys; sys.exit('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", program], env=environment).returncode == 0

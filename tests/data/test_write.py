@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pretrain.data.build import _explaining_full_disk
 from pretrain.data.pack import pack
 from pretrain.data.shards import Layout
 from pretrain.data.write import Packing, write_shard, write_split
+from pretrain.errors import DataError
 
 PACKING = Packing(
     row_tokens=16, pad=99_999, pack_tokens=300, rows_per_member=4, members_per_shard=3
@@ -119,3 +121,11 @@ def test_the_manifest_entry_describes_the_file(tmp_path):
     assert shard.bytes == layout.shard_bytes == path.stat().st_size
     shutil.rmtree(tmp_path / "a")
     assert write_shard(path, "a/train-000000.tar", rows, PACKING) == shard
+
+
+def test_a_full_disk_is_told_with_what_is_free(tmp_path):
+    with (
+        pytest.raises(DataError, match=r"No space left for .* \d+ bytes free"),
+        _explaining_full_disk(tmp_path),
+    ):
+        Path("/dev/full").write_bytes(b"x")
