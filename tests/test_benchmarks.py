@@ -347,6 +347,7 @@ class TestEngine:
         row = {
             "scope": "step", "path": "fused", "precision": "bf16", "accumulation": 4,
             "kept_iterations": "", "cards": "", "gpu": "x", "gpus": 1, "share_of_bare": 0.9,
+            "fit_a_s": 0.1, "fit_b_s": 0.02, "fit_c_s": 0.07,
         }  # fmt: skip
         two = row | {"gpus": 2, "share_of_bare": 0.882}
         table = tmp_path / "engine.csv"
@@ -358,7 +359,7 @@ class TestEngine:
     def test_the_slowest_of_the_same_cards_is_compared(self, engine, tmp_path):
         alike = {
             "scope": "step", "path": "fused", "precision": "bf16", "accumulation": 4,
-            "kept_iterations": "", "gpu": "x",
+            "kept_iterations": "", "gpu": "x", "fit_a_s": 0.1, "fit_b_s": 0.02, "fit_c_s": 0.07,
         }  # fmt: skip
         table = tmp_path / "engine.csv"
         alone = [("a", 0.5), ("a", 0.99), ("b", 0.98), ("c", 0.97)]
@@ -372,6 +373,10 @@ class TestEngine:
         assert against("a b") == round(0.95 / 0.98, 4)
         assert against("a d") == round(0.95 / 0.99, 4)
         assert against("d e") == round(0.95 / 0.97, 4)
+        # a larger share of passes that are slower by a tenth
+        slow = {"fit_a_s": 0.11, "fit_b_s": 0.022, "fit_c_s": 0.077}
+        engine.append(table, alike | slow | {"cards": "f", "gpus": 1, "share_of_bare": 1.0})
+        assert against("a f") == round(0.95 * 1.1, 4)
 
 
 def test_runs_that_are_compared_take_the_paths_of_their_names(monkeypatch):

@@ -261,11 +261,11 @@ def cards(gpus: int) -> str:
 
 
 def against_one_gpu(table: Path, row: dict[str, Any]) -> float | None:
-    """The share of bare of this row over that of the newest row alike on one GPU, if there is one.
+    """The speed of this row over that of the newest row alike on one GPU, if there is one.
 
     Ranks move at the pace of the slowest card: of the row's own cards that were measured alone the
-    slowest counts; if none was, the newest row of any card. Shares and not tokens per second,
-    because the realised depths of the two differ.
+    slowest counts; if none was, the newest row of any card. Not tokens per second, because the
+    realised depths of the two differ.
     """
     alike = ("scope", "path", "precision", "accumulation", "kept_iterations", "gpu")
     found: dict[str, float] = {}
@@ -275,12 +275,18 @@ def against_one_gpu(table: Path, row: dict[str, Any]) -> float | None:
                 if other["gpus"] == "1" and all(other[key] == str(row[key]) for key in alike):
                     # the newest last
                     found.pop(other["cards"], None)
-                    found[other["cards"]] = float(other["share_of_bare"])
+                    found[other["cards"]] = _speed(other)
     if not found:
         return None
     own = [found[card] for card in str(row["cards"]).split() if card in found]
     alone = min(own) if own else list(found.values())[-1]
-    return round(float(row["share_of_bare"]) / alone, 4)
+    return round(_speed(row) / alone, 4)
+
+
+def _speed(row: dict[str, Any]) -> float:
+    """Rows a second at (24, 8): the share of bare passes, which may be those of another card."""
+    a, b, c = (float(row[f"fit_{term}_s"]) for term in "abc")
+    return float(row["share_of_bare"]) / (a + 24 * b + 8 * c)
 
 
 def step_row(
