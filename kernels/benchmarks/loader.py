@@ -197,9 +197,12 @@ def served(folder: Path) -> Iterator[str]:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            # else an interrupted program waits for this thread, which asks a closed socket for ever
+            server.shutdown()
+            thread.join()
 
 
 def time_http(config: DataConfig, folder: Path, rows: int) -> tuple[float, float]:
