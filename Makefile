@@ -25,7 +25,7 @@ help:
 	@echo "make faults    kills, full disks, damage, hangs only"
 	@echo "make check     format, lint and types"
 	@echo "make docs      the documentation as a site, in out/site"
-	@echo "make bench     what this machine can measure: the loader; with a GPU, kernels and steps too (15 min; BENCH_SECONDS=5: 9)"
+	@echo "make bench     what this machine can measure: the loader; with a GPU, kernels and steps too (20 min; BENCH_SECONDS=5: 11)"
 	@echo "make clean     remove what make train produced (not .venv*)"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -79,14 +79,16 @@ faults: $(STAMP)
 
 # Goes on after a benchmark whose check failed, and fails at the end.
 bench: $(STAMP)
+	@case '$(BENCH_SECONDS)' in ''|0*|*[!0-9]*) \
+		echo 'BENCH_SECONDS=$(BENCH_SECONDS) must be a whole number from 1 on.' >&2; exit 2;; esac
 	status=0; \
 	$(BIN)/python kernels/benchmarks/loader.py || status=1; \
 	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 		$(BIN)/python kernels/benchmarks/micro.py || status=1; \
-		$(BIN)/python kernels/benchmarks/step.py rows=1,2 depths=2/8,8/8,56/8,24/4 \
+		$(BIN)/python kernels/benchmarks/step.py rows=1,2,3,4 depths=2/8,8/8,56/8,24/4 \
 			seconds=$(BENCH_SECONDS) || status=1; \
 		$(BIN)/python kernels/benchmarks/step.py presets=huginn-100m rows=1,2,3,4,8 \
-			paths=reference,compiled,fused,fused+fp8 seconds=$$(( $(BENCH_SECONDS) / 2 )) || status=1; \
+			paths=reference,compiled,fused,fused+fp8 seconds=$$(( ($(BENCH_SECONDS) + 1) / 2 )) || status=1; \
 	fi; exit $$status
 
 check: $(STAMP)

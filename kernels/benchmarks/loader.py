@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import webdataset
 
-from measurements import RESULTS, append, commit
+from measurements import RESULTS, append, check_writable, commit
 from pretrain import __version__
 from pretrain.data.config import Corpus, DataConfig
 from pretrain.data.loader import stream_batches
@@ -47,7 +47,7 @@ CONTEXT = 4096
 ROWS_PER_STEP = 8
 SHARDS, MEMBERS_PER_SHARD, ROWS_PER_MEMBER = 4, 8, 64
 REPEATS = 15
-TABLE = RESULTS / "loader.csv"
+TABLE, NEEDS = RESULTS / "loader.csv", RESULTS / "loader-needs.csv"
 NEEDED = (
     ("huginn-3.5b", 4_800, "the boldest goal of the step on one H200"),
     ("huginn-100m", 100_000, "four times what the plain path does on one H200"),
@@ -219,7 +219,7 @@ def print_needs(us_per_row: float) -> None:
     delivered = CONTEXT / us_per_row * 1e6
     for preset, needed, why in NEEDED:
         times = delivered / needed
-        append(RESULTS / "loader-needs.csv", {
+        append(NEEDS, {
             "preset": preset, "needed_tokens_per_s": needed,
             "delivered_tokens_per_s": f"{delivered:.0f}", "times": f"{times:.0f}", "why": why,
             "commit": commit(),
@@ -265,6 +265,7 @@ def append_rows(measured: dict[str, list[float]]) -> None:
 def main() -> None:
     """Check, measure in turns, print the ratio and keep it."""
     logging.basicConfig(level=logging.WARNING)
+    check_writable(TABLE, NEEDS)
     torch.set_num_threads(1)
     packed = packed_rows()
     rows = len(packed.pieces)

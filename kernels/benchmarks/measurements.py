@@ -11,6 +11,19 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
+def check_writable(*paths: Path) -> None:
+    """SystemExit if rows cannot be added to these tables: said before there is a row to lose."""
+    for path in paths:
+        is_new = not path.exists()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("a").close()
+            if is_new:
+                path.unlink()
+        except OSError as error:
+            raise SystemExit(f"{path} cannot be written ({error.strerror}).") from None
+
+
 def append(path: Path, row: dict[str, Any]) -> None:
     """One row of a CSV file, in the order of its first line; a new file begins with the names."""
     path.parent.mkdir(parents=True, exist_ok=True)

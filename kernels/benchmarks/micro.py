@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch._functorch.config
 
-from measurements import RESULTS, commit, said
+from measurements import RESULTS, check_writable, commit, said
 from micro_ops import attention, core, products, updates
 from micro_ops.case import HUGINN, Case
 from micro_ops.check import find_faults
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     seed = options.seed if options.seed is not None else secrets.randbits(32)
     torch.manual_seed(seed)
     print(f"seed {seed}", flush=True)
-    options.results.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(options.results)
     with options.results.open("a", newline="") as file, torch.cuda.stream(torch.cuda.Stream()):
         writer = csv.DictWriter(file, COLUMNS)
         if file.tell() == 0:
