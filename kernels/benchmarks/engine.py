@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from measurements import RESULTS, append, card, commit
+from measurements import RESULTS, append, card, check_writable, commit
+from pass_times import Fit
 from pretrain.compose import load
 from pretrain.config import TrainConfig
 from pretrain.model.depth import Depth, step_depths
@@ -97,6 +98,7 @@ def main(words: list[str]) -> None:
     if options["precision"] not in PRECISIONS:
         raise SystemExit(f"precision={options['precision']} is none of {', '.join(PRECISIONS)}.")
     results, runs = Path(options["results"]), Path(options["runs"]).absolute()
+    check_writable(results / "step.csv", results / "engine.csv")
     runs.mkdir(parents=True, exist_ok=True)
     for setting in settings(options, overrides):
         config = load("train", setting.overrides, resumes=False)
@@ -189,16 +191,14 @@ class BarePass:
                     rate = float(row["tokens_per_s_per_gpu"])
                     depth = int(row["no_grad"]), int(row["with_grad"])
                     newest[depth] = config.model.context / rate
-        terms = np.array([[1, *depth] for depth in newest], dtype=float).reshape(-1, 3)
-        seconds = np.array(list(newest.values()))
-        if np.linalg.matrix_rank(terms) < 3:
+        found = Fit.of(newest)
+        if found is None:
             asked = ", ".join(f"{key}={value}" for key, value in wanted.items())
             raise SystemExit(
                 f"{table} has {len(newest)} depths with {asked}, too few to fit a + b n + c k; "
                 "run step.py with depths=8/8,56/8,24/4 first."
             )
-        fit, *_ = np.linalg.lstsq(terms, seconds, rcond=None)
-        return BarePass(fit, float(np.abs(terms @ fit / seconds - 1).max()))
+        return BarePass(found.terms, found.residual)
 
     def of_step(self, depths: list[Depth], *, gpus: int, zero: int) -> tuple[float, float]:
         """Seconds of a step on ranks with equal work, and on ranks that wait for each other.

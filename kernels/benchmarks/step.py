@@ -25,141 +25,99 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from measurements import RESULTS, append, card, commit
+from measurements import append, card, check_writable, commit
+from pass_times import Fit
 from pretrain.compose import load
+from pretrain.errors import ConfigError
 from pretrain.model.config import ComputePath, ModelConfig, ProductPrecision
 from pretrain.model.cost import TokenFlops
 from pretrain.model.depth import Depth
 from pretrain.model.fixed import fixed_weights
 from pretrain.model.init import initialize
 from pretrain.model.recurrent import RecurrentModel
-from pretrain_kernels.dispatch import OFF, switched_off
+from pretrain_kernels.dispatch import OFF
 from step_parity import check_path, compare_prefix
+from step_plan import Plan
 from step_profile import profile_step
 
 PRECISIONS = {"": "bf16", "fp8": "fp8-prefix", "fp8-all": "fp8"}
 PEAK_FLOPS = 989.4e12
 """Datasheet, dense bf16, of H100 SXM and H200."""
-OPTIONS = {
-    "presets": "huginn-3.5b", "paths": "reference,compiled,fused,fused+fp8,fused+fp8-all",
-    "rows": "1", "seconds": "20", "no_grad": "24", "with_grad": "8", "kept": "", "profile": "",
-    "parity": "1", "depths": "", "without": "", "held": "0", "device": "cuda",
-    "results": str(RESULTS),
-}  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """What is asked for."""
-
-    presets: list[str]
-    paths: list[str]
-    """As compute path + precision: fused+fp8."""
-    rows: list[int]
-    seconds: float
-    """Of every measurement."""
-    depth: Depth
-    kept: int | None
-    """Iterations that keep their intermediate results; None: all."""
-    profile: list[str]
-    """Paths whose kernels are listed."""
-    checks: bool
-    depths: list[Depth]
-    """Measured at one row besides `depth`, a quarter of the time each."""
-    without: list[str]
-    held: int
-    """Pairs of measurements with float8 copies made anew and held."""
-    device: torch.device
-    """cpu is for tests of this program: such a speed says nothing."""
-    results: Path
-
-    @staticmethod
-    def of(words: list[str]) -> "Plan":
-        """From words KEY=VALUE; SystemExit where one means nothing."""
-        options = dict(OPTIONS)
-        for word in words:
-            key, _, value = word.partition("=")
-            if key not in options:
-                raise SystemExit(f"{word} is no option; there are {', '.join(options)}.")
-            options[key] = value
-        listed = {
-            key: [part for part in value.split(",") if part] for key, value in options.items()
-        }
-        try:
-            switched_off(options["without"])
-        except ValueError as error:
-            raise SystemExit(str(error).replace(OFF, "without")) from None
-        if listed["without"] and not any(path.startswith("fused") for path in listed["paths"]):
-            raise SystemExit(
-                f"without={options['without']} asks for a fused path, which has kernels to go "
-                f"without, and paths={options['paths']} has none."
-            )
-        if int(options["held"]) and not all("+" in path for path in listed["paths"]):
-            raise SystemExit(
-                f"held={options['held']} asks for paths with float8, as fused+fp8, and "
-                f"paths={options['paths']} has others."
-            )
-        if options["device"] == "cuda" and not torch.cuda.is_available():
-            raise SystemExit("torch sees no GPU here, and the speed of a step is measured on one.")
-        return Plan(
-            presets=listed["presets"], paths=listed["paths"], rows=list(map(int, listed["rows"])),
-            seconds=float(options["seconds"]),
-            depth=Depth(int(options["no_grad"]), int(options["with_grad"])),
-            kept=int(options["kept"]) if options["kept"] else None, profile=listed["profile"],
-            checks=options["parity"] == "1",
-            depths=[Depth(*map(int, pair.split("/"))) for pair in listed["depths"]],
-            without=listed["without"], held=int(options["held"]),
-            device=torch.device(options["device"]), results=Path(options["results"]),
-        )  # fmt: skip
 
 
 def main(words: list[str]) -> int:
     """Check, then measure, every path at every number of rows; 1 if a path failed its check."""
     plan = Plan.of(words)
-    plan.results.mkdir(parents=True, exist_ok=True)
-    outcomes = [
-        bench(plan, experiment(preset), path) for preset in plan.presets for path in plan.paths
+    # all of them before the first is measured
+    wanted = [
+        (path, of(experiment(preset), path)) for preset in plan.presets for path in plan.paths
     ]
+    check_writable(*plan.tables)
+    outcomes = [bench(plan, config, path) for path, config in wanted]
     return 0 if all(outcomes) else 1
 
 
 def experiment(preset: str) -> ModelConfig:
-    """The model of an experiment, or of the defaults."""
+    """The model of an experiment, or of the defaults; SystemExit if there is no such one."""
     words = [] if preset == "tiny" else [f"experiment={preset}"]
-    return load("train", words, resumes=False).model
+    try:
+        return load("train", words, resumes=False).model
+    except ConfigError as error:
+        raise SystemExit(str(error)) from None
 
 
 def bench(plan: Plan, config: ModelConfig, path: str) -> bool:
     """All measurements of a path; whether it passed its check, and without each op as well."""
-    if not passes(plan, of(config, path)):
-        return False
-    wanted = plan.without if path.startswith("fused") else []
-    without = []
-    for op in wanted:
-        with switched(op):
-            without += [op] if passes(plan, of(config, path), f"-without-{op}") else []
-    model = build(of(config, path), plan.device)
-    model.kept_iterations = plan.kept
-    if "+" in path and plan.checks:
-        compare_prefix(of(config, "fused"), of(config, path), model, plan.results)
+    wanted, without = plan.without if path.startswith("fused") else [], []
+    with unless_too_large(f"{config.name} {path}"):
+        if not passes(plan, config):
+            return False
+        for op in wanted:
+            with switched(op):
+                without += [op] if passes(plan, config, f"-without-{op}") else []
+        model = build(config, plan.device)
+        model.kept_iterations = plan.kept
+        if "+" in path and plan.checks:
+            compare_prefix(of(config, "fused"), config, model, plan.results)
+        measure_all(plan, model, path, without)
+        del model
+    tidy()
+    return without == wanted
+
+
+def measure_all(plan: Plan, model: RecurrentModel, path: str, without: list[str]) -> None:
+    """Every number of rows, then one row at every other depth, and what it takes by depth."""
+    name, context = f"{model.config.name} {path}", model.config.context
+    seconds: dict[tuple[int, int], float] = {}
     for rows in plan.rows:
-        try:
-            measure_rows(plan, model, path, rows, without)
-        except torch.cuda.OutOfMemoryError as error:
-            print(f"{path}, {rows} rows: {str(error).splitlines()[0]}", flush=True)
+        with unless_too_large(f"{name}, {rows} rows"):
+            row = measure_rows(plan, model, path, rows, without)
+            if rows == 1:
+                seconds[plan.depth] = context / row["tokens_per_s_per_gpu"]
         model.zero_grad(set_to_none=True)
         tidy()
     for depth in plan.depths:
-        row = measure(model, path, depth, 1, plan.seconds / 4)
-        append(plan.results / "step.csv", row)
-    del model
-    tidy()
-    return without == wanted
+        with unless_too_large(f"{name}, 1 row, {depth.no_grad}/{depth.with_grad}"):
+            row = measure(model, path, depth, 1, plan.seconds / 4)
+            append(plan.results / "step.csv", row)
+            seconds[depth] = context / row["tokens_per_s_per_gpu"]
+        model.zero_grad(set_to_none=True)
+        tidy()
+    if fit := Fit.of(seconds):
+        print(f"{name}: a row takes {fit}", flush=True)
+
+
+@contextmanager
+def unless_too_large(what: str) -> Iterator[None]:
+    """A card that is too small for this ends what is inside, and nothing else."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        print(f"{what}: not measured: {str(error).splitlines()[0]}", flush=True)
 
 
 def passes(plan: Plan, config: ModelConfig, tag: str = "") -> bool:
@@ -169,8 +127,8 @@ def passes(plan: Plan, config: ModelConfig, tag: str = "") -> bool:
 
 def measure_rows(
     plan: Plan, model: RecurrentModel, path: str, rows: int, without: list[str]
-) -> None:
-    """Measure, profile, and measure without each op, at one number of rows."""
+) -> dict[str, Any]:
+    """Measure, profile, and measure without each op, at one number of rows; the first row."""
     before = measure(model, path, plan.depth, rows, plan.seconds)
     append(plan.results / "step.csv", before)
     if path in plan.profile:
@@ -182,7 +140,7 @@ def measure_rows(
                 row = measure(model, path, plan.depth, rows, plan.seconds)
             append(plan.results / "held.csv", row | {"copies": copies})
     if not without:
-        return
+        return before
     found = []
     for op in without:
         with switched(op):
@@ -192,6 +150,7 @@ def measure_rows(
     append(plan.results / "step.csv", after)
     for row in ablation(before, found, after):
         append(plan.results / "ablation.csv", row)
+    return before
 
 
 def ablation(
@@ -292,6 +251,7 @@ def measure(
     tokens = rows * config.context
     rate = tokens * len(times) / sum(times)
     flops = rate * TokenFlops.of(config).model(depth.no_grad, depth.with_grad)
+    all_pairs = flops + rate * pairs_nobody_sees(config, depth)
     early = [t for t, at in zip(times, range(len(times)), strict=True) if sum(times[:at]) < 1]
     name, _, precision = path.partition("+")
     row = {
@@ -310,10 +270,19 @@ def measure(
         f"{config.name} {path:10} {rows} rows ({depth.no_grad}, {depth.with_grad}): {rate:8,.0f} "
         f"tokens/s over {row['sustained_s']} s (first second "
         f"{row['first_second_tokens_per_s']:,.0f}), {flops / 1e12:.0f} TFLOP/s, "
-        f"MFU {flops / PEAK_FLOPS:.1%}, {row['peak_bytes'] / 1e9:.1f} GB",
+        f"MFU {flops / PEAK_FLOPS:.1%} ({all_pairs / PEAK_FLOPS:.1%} with all pairs of attention), "
+        f"{row['peak_bytes'] / 1e9:.1f} GB",
         flush=True,
     )
     return row
+
+
+def pairs_nobody_sees(config: ModelConfig, depth: Depth) -> int:
+    """FLOPs of a token that are counted besides where attention counts as if it had no mask."""
+    layers = 3 * (config.prelude_layers + config.coda_layers)
+    layers += config.core_layers * (depth.no_grad + 3 * depth.with_grad)
+    # T instead of (T + 1) / 2 keys, in two products of D multiply-adds with each
+    return layers * 2 * config.width * (config.context - 1)
 
 
 def wait(device: torch.device) -> None:
