@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 _aten = torch.ops.aten
 # queries and keys of a block of FlexAttention's mask, torch's default
 BLOCK = 128
+# Graphs that torch may make of FlexAttention, instead of 8. Each mask has one for the first number
+# of rows, for any number and for one; two masks in a process, or two models, may need a ninth.
+GRAPHS = 64
 
 
 class Attended(NamedTuple):
@@ -138,6 +141,10 @@ def _cpu_backward(
 
 
 def _flex_forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Attended:
+    # Asked each time, because torch 2.13 has a limit for each thread, and iterations are computed
+    # again in autograd's.
+    if dynamo_config.recompile_limit < GRAPHS:
+        dynamo_config.recompile_limit = GRAPHS
     with torch.enable_grad():
         leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))
         recorded = _flex(q.device.type)(*leaves, block_mask=layout.blocks)
@@ -160,9 +167,6 @@ def _flex(device: str) -> Callable[..., Any]:
     """
     if device != "cuda":
         return flex_attention
-    # Each mask has a graph for the first number of rows, any number and one; two masks in a process
-    # may need more than the 8 that torch makes of one function.
-    dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, 64)
     # fullgraph: one compilation too many is an error, and not the plain op, in silence
     compiled: Callable[..., Any] = torch.compile(flex_attention, fullgraph=True)
     return compiled

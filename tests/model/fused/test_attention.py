@@ -1,10 +1,12 @@
 """Any mask, and whatever attention kernel torch takes for it."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.config as dynamo_config
 import torch.nn.attention.flex_attention as torch_flex
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd.graph import saved_tensors_hooks
@@ -144,6 +146,20 @@ def test_flex_attention_isolates_documents_in_both_directions(compiled):
             assert found.transpose(1, 2).is_contiguous()
     # the first number of rows, any number, and a single one
     assert compiled.frame_count == 3
+
+
+def test_a_ninth_graph_of_flex_attention_is_made_in_any_thread(compiled):
+    """torch makes eight of one function, unless told otherwise in that thread."""
+
+    def run(heads):
+        packed = Packed(1, 128, 16, heads, dtype=torch.float32)
+        return FLEX.forward(*packed.heads(), packed.layout).mixed_BHTK.shape[1]
+
+    with dynamo_config.patch(recompile_limit=8), ThreadPoolExecutor(1) as other:
+        # a number of heads is never taken for any number
+        assert run(1) == 1
+        assert list(other.map(run, range(2, 10))) == list(range(2, 10))
+    assert compiled.frame_count == 9
 
 
 def test_flex_attention_keeps_no_more_than_other_kernels(compiled):
