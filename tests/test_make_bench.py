@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -209,3 +210,53 @@ class TestStep:
         for row in read(table):
             assert None not in row.values()
             assert None not in row
+
+
+# of a profile, to which the kernels of each op are counted
+CLASSES = {
+    "norm_chain": {"norm chain"}, "qk_rope": {"rotary and SwiGLU"},
+    "swiglu": {"rotary and SwiGLU", "quantize"}, "quantize_rows": {"quantize"},
+    "quantize_both_ways": {"quantize"}, "linear_cross_entropy": {"cross-entropy"},
+    "ellis_adam": {"optimizer"}, "adamw": {"optimizer"}, "square_sums": {"optimizer"},
+    "add_gradient": {"optimizer"},
+}  # fmt: skip
+
+
+class TestProfile:
+    """Which part of a step a kernel is counted to; kernels are named by what they belong to."""
+
+    @pytest.fixture
+    def class_of(self):
+        return load_module(BENCHMARKS / "step_profile.py").class_of
+
+    def test_each_kernel_of_ours_is_counted_to_its_op(self, class_of):
+        found, names = {}, []
+        for path in (ROOT / "kernels/pretrain_kernels").glob("*/triton.py"):
+            launched = re.findall(r"^ +(_\w+)\[[^\]]*\]\(", path.read_text(), re.MULTILINE)
+            found[path.parent.name] = set(map(class_of, launched))
+            names += launched
+        assert found == CLASSES
+        # a profile adds up kernels of one name
+        assert len(names) == len(set(names)) > 15
+
+    @pytest.mark.parametrize(
+        ("kernel", "name"),
+        [
+            ("nvjet_sm90_qqtst_128x128_128x6_2x1_v_bz_ovscale_TNT", "float8 product"),
+            ("nvjet_sm90_tst_160x256_64x4_1x2_h_bz_coopA_TNN", "matrix product"),
+            ("void cudnn::fusion::compute_dot_do_o<true>(void const*)", "attention"),
+            # a template's `false` is no log-sum-exp, and a norm of gradients no norm of the model
+            ("void cub::scan::DeviceScanKernel<long, false>(long)", "elementwise and other"),
+            ("void at::native::reduce_kernel<NormTwoOps<float>>", "elementwise and other"),
+        ],
+    )
+    def test_a_kernel_of_others_is_counted_by_what_it_does(self, class_of, kernel, name):
+        assert class_of(kernel) == name
+
+    def test_the_picture_has_every_class_of_a_pass(self):
+        plots = load_module(BENCHMARKS / "step_plots.py")
+        for profile in plots.PROFILES:
+            own = plots.classes(profile)
+            rows = read(BENCHMARKS / f"results/2026-11-26-h200/step-profile-{profile}.csv")
+            assert sum(own.values()) == pytest.approx(sum(float(r["total_us"]) for r in rows) / 1e3)
+            assert own["elementwise and other"] < 0.005 * sum(own.values())

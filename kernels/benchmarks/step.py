@@ -8,6 +8,8 @@ Every path is first compared with the plain modules in float32 on fresh random t
 no speed of a path that fails is printed, and the program ends with 1. One row per measurement goes
 to results/step.csv. What is timed is `nats.backward()` of the whole model at (no_grad, with_grad)
 iterations in every row, without an optimizer, sustained: the clock falls as the card gets hot.
+`depths`, at one row, tell what an iteration costs: a + b n + c k is printed with its largest
+residual. What a card is too small for is said and left out.
 
 `without` names ops that run as their plain references, one at a time, on the fused paths, each
 under the same check; two measurements with all kernels enclose them, so that a card that grows hot

@@ -37,7 +37,7 @@ def _turn(x, COS, SIN, angle, inside, SIGN: tl.constexpr, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def _forward(
+def _rope_forward(
     QKV,
     BIAS,
     COS,
@@ -106,7 +106,7 @@ def _walk_part(
 
 
 @triton.jit
-def _backward(
+def _rope_backward(
     DQ,
     DK,
     DV,
@@ -156,7 +156,7 @@ def qk_rope_(qkv_N3HK: Tensor, bias_2HK: Tensor | None, cos_NP: Tensor, sin_NP: 
     blocks = triton.cdiv(heads * head_width, PAIRS)
     if rows:
         with torch.cuda.device_of(qkv_N3HK):
-            _forward[(rows * blocks,)](
+            _rope_forward[(rows * blocks,)](
                 qkv_N3HK,
                 bias_2HK,
                 cos_NP,
@@ -195,7 +195,7 @@ def qk_rope_backward(
     gradients = (dq_BTHK, dk_BTHK, dv_BTHK)
     blocks = triton.cdiv(heads * head_width, 2 * BACKWARD_PAIRS)
     with torch.cuda.device_of(dq_BTHK):
-        _backward[(blocks, 3, programs)](
+        _rope_backward[(blocks, 3, programs)](
             *gradients,
             *(stride for gradient in gradients for stride in gradient.stride()[:3]),
             cos_NP,

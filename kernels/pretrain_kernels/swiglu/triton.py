@@ -31,7 +31,7 @@ def _hidden(silu, up, STORAGE: tl.constexpr):
 
 
 @triton.jit
-def _forward(GATE_UP, H, INNER: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+def _swiglu_forward(GATE_UP, H, INNER: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
     STORAGE: tl.constexpr = GATE_UP.dtype.element_ty
     row = (tl.program_id(0) // BLOCKS).to(tl.int64)
     column = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
@@ -61,7 +61,7 @@ def _quantized_row(GATE_UP, VALUES, SCALE, INNER: tl.constexpr, BLOCK: tl.conste
 
 
 @triton.jit
-def _backward(
+def _swiglu_backward(
     DH, GATE_UP, DGATE_UP, H, INNER: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr
 ):
     STORAGE: tl.constexpr = GATE_UP.dtype.element_ty
@@ -108,7 +108,7 @@ def swiglu(
             )
         else:
             blocks = triton.cdiv(inner, BLOCK)
-            _forward[(rows * blocks,)](
+            _swiglu_forward[(rows * blocks,)](
                 gate_up_N2I, out, INNER=inner, BLOCKS=blocks, BLOCK=BLOCK, num_warps=NUM_WARPS
             )
     return out
@@ -128,7 +128,7 @@ def swiglu_backward(
     blocks = triton.cdiv(inner, BLOCK)
     if rows:
         with torch.cuda.device_of(dh_NI):
-            _backward[(rows * blocks,)](
+            _swiglu_backward[(rows * blocks,)](
                 dh_NI,
                 gate_up_N2I,
                 out,
