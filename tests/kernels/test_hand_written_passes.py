@@ -60,7 +60,7 @@ def test_losses_and_gradients_are_as_near_to_float64_as_the_plain_modules() -> N
     for name, plain_error in errors[0].items():
         # Gradients of few terms err by luck on either path (tests/model/fused/test_rounding.py). On
         # a GPU, roots and exponentials are off by up to 2^-22 and quotients by two units in the
-        # last place: in 200 drawings of such errors on both paths no gradient passed this limit, and
+        # last place: in 200 drawings of such errors on both paths no gradient passed this limit,
         # the largest error was 1.9e-6. A wrong term would be of the order of 1.
         assert errors[1][name] <= 4 * plain_error + 5e-7, name
 
