@@ -95,6 +95,16 @@ class TestTables:
         assert new.read_text().splitlines() == ["a,b", "1,2"]
 
 
+@pytest.mark.parametrize("program", ["micro", "tune"])
+def test_an_op_that_is_not_there_is_refused_with_those_that_are(program, capsys):
+    main = load_module(BENCHMARKS / f"{program}.py").main
+    with pytest.raises(SystemExit) as ended:
+        main(["--only", "norm_chian"])
+    assert ended.value.code == 2
+    assert "--only norm_chian is in no name of" in (said := capsys.readouterr().err)
+    assert "norm_chain backward" in said
+
+
 class TestLoader:
     def test_no_server_outlives_an_interruption(self, tmp_path):
         loader = load_module(BENCHMARKS / "loader.py")

@@ -80,7 +80,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--results", type=Path, default=RESULTS / "micro.csv", help="CSV to append to"
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    ops = dict.fromkeys(case.op for case in all_cases())
+    if not any(options.only in op for op in ops):
+        parser.error(f"--only {options.only} is in no name of {', '.join(ops)}")
+    return options
 
 
 def all_cases() -> Iterator[Case]:

@@ -44,7 +44,8 @@ def profile_step(step: Callable[[], object], path: Path, is_kept: bool = True) -
     for event in found.key_averages():
         device_us = getattr(event, "self_device_time_total", 0.0)
         # what a range of the host took on the GPU is listed, too, beside its kernels
-        is_kernel = event.device_type == DeviceType.CUDA and not event.is_user_annotation
+        is_range = getattr(event, "is_user_annotation", False)
+        is_kernel = event.device_type == DeviceType.CUDA and not is_range
         if device_us > 0 and is_kernel:
             times[event.key] += device_us
             counts[event.key] += event.count

@@ -103,6 +103,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--results", type=Path, default=RESULTS / "tune.csv", help="CSV to append to"
     )
     options = parser.parse_args(arguments)
+    if not any(options.only in sweep.op for sweep in SWEEPS):
+        names = ", ".join(sweep.op for sweep in SWEEPS)
+        parser.error(f"--only {options.only} is in no name of {names}")
     if not torch.cuda.is_available():
         sys.stderr.write("tune.py measures kernels and needs a CUDA GPU; torch sees none.\n")
         return NO_GPU
