@@ -10,6 +10,7 @@ share is of what a copy, or a product of 8192 x 8192 x 8192, reaches in the same
 
 import argparse
 import csv
+import importlib.util
 import logging
 import platform
 import secrets
@@ -54,6 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
     seed = options.seed if options.seed is not None else secrets.randbits(32)
     torch.manual_seed(seed)
     print(f"seed {seed}", flush=True)
+    if importlib.util.find_spec("liger_kernel") is None:
+        print("liger-kernel is not installed: there will be no rows of it", flush=True)
     check_writable(options.results)
     with options.results.open("a", newline="") as file, torch.cuda.stream(torch.cuda.Stream()):
         writer = csv.DictWriter(file, COLUMNS)
