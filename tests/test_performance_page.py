@@ -224,6 +224,31 @@ def test_float8_at_fixed_weights_is_no_worse_than_the_page_says() -> None:
         assert worst <= float(said[1]) <= 1.1 * worst
 
 
+def largest_window(one: str, other: str) -> float:
+    """Of the differences of two runs' losses, means of 50 steps."""
+    losses = rows_of("2026-11-26-h200/convergence-losses.csv")
+    differences = [float(row[one]) - float(row[other]) for row in losses]
+    windows = [sum(differences[first : first + 50]) / 50 for first in range(0, 500, 50)]
+    return max(map(abs, windows))
+
+
+def test_float8_is_as_near_to_bf16_in_training_as_the_page_says() -> None:
+    words = " ".join(PAGE.split())
+    said = re.search(
+        r"without gradient stays within ([\d.]+) nats .* within ([\d.]+) on seed 0", words
+    )
+    again = re.search(r"Reruns of fused bf16 stay within ([\d.]+) of each other", words)
+    assert said
+    assert again
+    prefix, everywhere = "fused, fp8 without gradient, seed", "fused, fp8 everywhere, seed 0"
+    for number, worst in (
+        (said[1], max(largest_window(f"{prefix} {s}", f"fused, seed {s}") for s in (0, 1))),
+        (said[2], largest_window(everywhere, "fused, seed 0")),
+        (again[1], largest_window("fused again, seed 0", "fused, seed 0")),
+    ):
+        assert worst <= float(number) < worst + 0.001
+
+
 def test_the_first_page_says_the_speed_of_float8_everywhere() -> None:
     """The others, which its picture shows, test_benchmarks.py compares."""
     rate = float(passes(PATHS["fused, float8 everywhere"])[24, 8]["tokens_per_s_per_gpu"])
