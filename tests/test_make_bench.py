@@ -169,6 +169,28 @@ class TestStep:
         assert step.main(words) == 0
         assert [row["path"] for row in read(tmp_path / "step.csv")] == ["fused"]
 
+    def test_float8_that_is_far_from_bf16_has_no_speed(self, step, tmp_path, monkeypatch, capsys):
+        import step_parity
+        from pretrain.model.fused import weights
+
+        monkeypatch.setattr(step_parity, "PREFIXES", (2,))
+        # whose gradients are compared elsewhere
+        monkeypatch.setattr(step, "check_path", lambda *_: True)
+        torch.manual_seed(0)
+        words = [*QUICK, "parity=1", "paths=fused+fp8", f"results={tmp_path}"]
+        assert step.main(words) == 0
+        assert len(read(tmp_path / "step.csv")) == 1
+        quantize = weights.quantize_rows
+
+        def coarse(matrix):
+            narrow = quantize(matrix)
+            return narrow._replace(scale_N1=narrow.scale_N1 * torch.rand_like(narrow.scale_N1))
+
+        monkeypatch.setattr(weights, "quantize_rows", coarse)
+        assert step.main(words) == 1
+        assert "tiny: FAILS; cosines must be 0.999 at least" in capsys.readouterr().out
+        assert len(read(tmp_path / "step.csv")) == 1
+
     def test_what_a_row_takes_is_fitted_to_its_depths(self, step, tmp_path, monkeypatch, capsys):
         a, b, c = 0.09, 0.02, 0.07
 

@@ -24,6 +24,9 @@ DEPTHS = [Depth(3, 2), Depth(1, 2)]
 RATIO = 1.25
 # Gradients that are sums of few terms scatter: below this relative error no ratio is asked for.
 NOISE = 2e-3
+# Lengths of a prefix whose float8 is compared with bf16 at fixed weights, and how near it must be:
+# least cosine of a token's state, most nats of the loss.
+PREFIXES, LEAST_COSINE, MOST_NATS = (8, 24, 56), 0.999, 1e-3
 
 
 def check_path(config: ModelConfig, device: torch.device, results: Path, tag: str = "") -> bool:
@@ -107,8 +110,11 @@ def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, floa
 @torch.no_grad()
 def compare_prefix(
     wide: ModelConfig, narrow: ModelConfig, model: RecurrentModel, results: Path
-) -> None:
-    """Cosine of the state after a float8 prefix, and the difference of the loss, by its length."""
+) -> bool:
+    """Cosine of the state after a float8 prefix, and the difference of the loss, by its length.
+
+    Whether every one of them is as near to bf16 as it must be.
+    """
     device = next(model.parameters()).device
     tokens = torch.randint(wide.vocabulary_size, (1, wide.context + 1), device=device)
     state = torch.randn(1, wide.context, wide.width, device=device) * wide.state_sigma
@@ -119,7 +125,7 @@ def compare_prefix(
         "keep_logits": False,
     }
     rows = []
-    for iterations in (8, 24, 56):
+    for iterations in PREFIXES:
         outputs = []
         for config in (wide, narrow):
             model.core.config = config
@@ -140,3 +146,12 @@ def compare_prefix(
     with (results / file_name).open("w", newline="") as file:
         header = ("no_grad", "cosine_mean", "cosine_min", "loss_difference")
         csv.writer(file).writerows([header, *rows])
+    # written so that NaN fails
+    is_good = all(least >= LEAST_COSINE and abs(nats) <= MOST_NATS for *_, least, nats in rows)
+    if not is_good:
+        print(
+            f"{wide.name}: FAILS; cosines must be {LEAST_COSINE} at least, differences of the loss "
+            f"{MOST_NATS} nats at most",
+            flush=True,
+        )
+    return is_good
