@@ -228,11 +228,15 @@ def _says_finished(job: Job) -> bool:
     if not (job.folder / "config.yaml").is_file():
         return False
     progress = read_progress(job.folder, job.config)
-    if progress.is_finished:
-        print(f"{job.folder} has all its {progress.saved_step} steps; give more with run.steps=...")
+    if progress.has_all_steps:
+        but = f", but {progress.trouble}" if progress.trouble else ""
+        print(
+            f"{job.folder} has all its {progress.saved_step} steps{but}; give more with "
+            "run.steps=..."
+        )
     else:
         print(f"resumes {job.folder} at step {progress.saved_step} of {progress.last_step}")
-    return progress.is_finished
+    return progress.has_all_steps
 
 
 def _print_plan(job: Job) -> None:

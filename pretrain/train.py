@@ -50,6 +50,7 @@ from pretrain.loop.host_memory import HostMemory
 from pretrain.loop.lineage import FINISHED, STALLED, STOPPED, Lineage
 from pretrain.loop.lock import RunLock
 from pretrain.loop.origin import origin
+from pretrain.loop.outcome import check_last_steps, check_weights
 from pretrain.loop.passed_over import Rewind, read_rewinds
 from pretrain.loop.record import Record
 from pretrain.loop.rewind import rewind
@@ -143,6 +144,7 @@ def _life(config: TrainConfig, world: World, stop: StopSignals, lock: RunLock) -
         newest = inputs.newest
         on_rank_0(world, lambda: set_later_aside(run_dir, newest))
     if inputs.state.step >= last_step(config, inputs.state):
+        check_last_steps(inputs.state)
         log.info(
             "%s has all its %d steps; give more with run.steps=...", run_dir, inputs.state.step
         )
@@ -242,9 +244,16 @@ def _train(
             continue
         if is_last or (not is_leaving and step.step % config.validation.every_steps == 0):
             session.watch.enter(step.step, "validation")
-            record.validation(session.state, _validate(session, inputs))
+            result = _validate(session, inputs)
+            record.validation(session.state, result)
+            if is_last:
+                # what is on its way is from before
+                saves.finish()
+                check_weights(session.state, result["validation/loss_at_mean_nats"])
         session.watch.enter(step.step, "save")
         saves.after_step(step, is_leaving=is_leaving)
+        if is_last:
+            check_last_steps(session.state)
         if step.should_pause and not is_leaving:
             _pause(session, lock)
 

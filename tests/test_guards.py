@@ -1,6 +1,7 @@
 """A run in trouble, as people see it: dropped updates, replays, loss spikes, going back."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,8 +16,12 @@ from conftest import SMALL, run_cli, weights_of
 from pretrain.compose import load
 from pretrain.data.store import open_manifest, train_order
 from pretrain.engine import fragments
+from pretrain.engine.deepspeed import Engine
 from pretrain.errors import CheckpointError
+from pretrain.jobs.progress import read_progress
+from pretrain.loop.lineage import read_lives
 from pretrain.replay import weights_before
+from pretrain.reporting.run import read_run
 from pretrain.testing import start_commands
 
 pytestmark = pytest.mark.faults
@@ -107,6 +112,59 @@ def test_a_replay_takes_the_nearest_weights_that_are_kept(
         assert weights_before(tmp_path, step) == nearest
         assert caplog.text.count("WARNING") == bool(warning)
         assert warning in caplog.text
+
+
+def spoil_last_gradient() -> None:
+    """In the process of a run, before it starts: NaN in one micro-batch of one rank, at step 3."""
+    backward, calls = Engine.backward, 0
+
+    def spoilt(engine: Engine, nats: Any, *, scale: float) -> None:
+        nonlocal calls
+        calls += 1
+        is_it = calls == 3 * engine.micro_steps - 1 and engine.world.rank == 1
+        backward(engine, nats, scale=math.nan if is_it else scale)
+
+    Engine.backward = spoilt  # type: ignore[method-assign]
+
+
+def test_a_run_whose_last_step_had_no_update_has_not_ended_well(workspace: Path) -> None:
+    """Its weights are good all the same, so they are saved; and more steps go on from them."""
+    three = ["run.steps=3", "checkpoint.every_steps=9"]
+    with Life(workspace, "spoilt", *three, ranks=2, before=spoil_last_gradient) as life:
+        assert life.wait() == [70, 70], life.said()
+    wrong = "its last step, 3, but it had no update, because loss or gradient were not finite"
+    for rank in (0, 1):
+        assert wrong in life.said(rank)
+    assert "WARNING pretrain.loop.record: non-finite at step 3: loss 6" in life.said(0)
+    assert "Traceback" not in life.said()
+    assert read_run(life.run_dir).state == "DivergenceError"
+    progress = read_progress(life.run_dir)
+    assert (progress.has_all_steps, progress.is_finished) == (True, False)
+    assert "the weights are those of step 2" in progress.trouble
+    # nor has it when somebody looks again
+    again = run_cli(workspace, "train", f"run.dir={life.run_dir}")
+    assert again.returncode == 70, again.stderr
+    assert wrong in again.stderr
+    assert len(read_lives(life.run_dir)) == 1
+    more = run_cli(workspace, "train", f"run.dir={life.run_dir}", "run.steps=4")
+    assert more.returncode == 0, more.stderr
+    assert [r["optimizer/skipped_updates"] for r in read_records(life.run_dir)
+            if "loss/nats" in r] == [0, 0, 1, 1]  # fmt: skip
+    assert read_progress(life.run_dir).is_finished
+
+
+def test_a_run_that_ends_with_weights_of_no_use_has_not_ended_well(workspace: Path) -> None:
+    """The first update spoils them, and there is no second step to find it."""
+    done = run_cli(
+        workspace, "train", *SMALL, "run.name=spoilt-at-once", "run.steps=1", "optimizer=adamw",
+        "optimizer.learning_rate=1e30", "schedule.warmup_tokens=0",
+    )  # fmt: skip
+    assert done.returncode == 70, done.stderr
+    assert "its weights are of no use and are not saved: their held-out loss is nan" in done.stderr
+    assert "Traceback" not in done.stderr
+    run_dir = workspace / "out/runs/spoilt-at-once"
+    assert read_run(run_dir).state == "DivergenceError"
+    assert not (run_dir / "checkpoints").exists()
 
 
 # Every second loss or so is above the median: what counts as a spike here is ordinary noise.

@@ -4,6 +4,7 @@ The loss of a step is the sum of nats over the step's valid tokens on all ranks,
 number, so neither the ranks nor the accumulation nor padding weigh a token differently.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import torch
 from pretrain.config import TrainConfig
 from pretrain.data.loader import Batch
 from pretrain.data.order import Order
-from pretrain.engine.deepspeed import Engine
+from pretrain.engine.deepspeed import Engine, StepResult
 from pretrain.engine.saving import Saver
 from pretrain.engine.world import World
 from pretrain.loop import spikes
@@ -175,7 +176,7 @@ def _step(session: Session) -> StepRecord:
     step_s = time.monotonic() - started
     session.enter("after")
     spikes.note(state, loss, verdict, config.guards.spike)
-    _advance(state, config, is_spike=verdict.is_spike, is_applied=result.is_applied, step_s=step_s)
+    _advance(state, config, loss, verdict, result, step_s=step_s)
     metrics = {
         "loss/nats": loss,
         "loss/spike_score": verdict.score,
@@ -312,15 +313,24 @@ def _is_due(every_steps: int, step: int) -> bool:
 
 
 def _advance(
-    state: TrainState, config: TrainConfig, *, is_spike: bool, is_applied: bool, step_s: float
+    state: TrainState,
+    config: TrainConfig,
+    loss_nats: float,
+    verdict: spikes.Verdict,
+    result: StepResult,
+    *,
+    step_s: float,
 ) -> None:
+    is_finite = math.isfinite(loss_nats) and math.isfinite(result.grad_norm)
     state.step += 1
     state.rows += config.rows_per_step
     state.tokens += config.batch.global_tokens
     state.trained_s += step_s
-    state.skipped_updates += not is_applied
-    state.skipped_in_a_row = 0 if is_applied else state.skipped_in_a_row + 1
-    state.bad_in_a_row = state.bad_in_a_row + 1 if is_spike or not is_applied else 0
+    state.skipped_updates += not result.is_applied
+    state.skipped_in_a_row = 0 if result.is_applied else state.skipped_in_a_row + 1
+    state.not_finite_in_a_row = 0 if is_finite else state.not_finite_in_a_row + 1
+    is_bad = verdict.is_spike or not result.is_applied
+    state.bad_in_a_row = state.bad_in_a_row + 1 if is_bad else 0
 
 
 def _device_memory(world: World) -> dict[str, float]:
