@@ -52,6 +52,7 @@ from pretrain.jobs.sweeps import (
     swept_values,
     write_sweep,
 )
+from pretrain.loop.beginning import check_can_begin
 from pretrain.multirun import combinations, refuse_shared_folders
 
 log = logging.getLogger(__name__)
@@ -172,6 +173,7 @@ def _prepare(config: SubmitConfig, *, code_in: Path | None) -> Job:
     workdir = Path.cwd()
     folder = workdir / run.run.dir
     changes: list[str] = []
+    check_can_begin(run)
     if (folder / "config.yaml").is_file():
         old = thaw(folder)
         check_resumable(old, run)
