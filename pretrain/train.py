@@ -255,6 +255,8 @@ def _train(
         if is_last:
             check_last_steps(session.state)
         if step.should_pause and not is_leaving:
+            # nobody knows for how long: what is on its way is safe, and whoever asked for it hears
+            saves.finish()
             _pause(session, lock)
 
 
