@@ -63,7 +63,7 @@ from pretrain.loop.run_folder import (
     write_requeue_record,
 )
 from pretrain.loop.samples import Sampler
-from pretrain.loop.saves import Saves
+from pretrain.loop.saves import Saves, tag_earlier
 from pretrain.loop.sensors import Reading, Sensors
 from pretrain.loop.signals import StopSignals
 from pretrain.loop.spikes import must_rewind
@@ -143,6 +143,7 @@ def _life(config: TrainConfig, world: World, stop: StopSignals, lock: RunLock) -
     if inputs.newest is not None:
         newest = inputs.newest
         on_rank_0(world, lambda: set_later_aside(run_dir, newest))
+    on_rank_0(world, lambda: tag_earlier(config, reached=inputs.state.step))
     if inputs.state.step >= last_step(config, inputs.state):
         check_last_steps(inputs.state)
         log.info(

@@ -16,6 +16,7 @@ from conftest import SMALL, run_cli, weights_of
 from pretrain.compose import load
 from pretrain.data.store import open_manifest, train_order
 from pretrain.engine import fragments
+from pretrain.engine.commit import read_tags
 from pretrain.engine.deepspeed import Engine
 from pretrain.errors import CheckpointError
 from pretrain.jobs.progress import read_progress
@@ -266,6 +267,28 @@ def test_where_a_run_goes_back_to_does_not_depend_on_the_disk(
     process.kill()
     assert process.exitcode == 0, (output / "0.txt").read_text()
     assert windows_of(nervous.with_name("slow-disk")) == windows_of(nervous)
+
+
+def test_a_checkpoint_that_is_there_may_be_tagged_later(workspace: Path) -> None:
+    """Steps 2 and 4 are saved; the life that goes on is asked to keep 2 and 3, and then 4."""
+    run_dir = workspace / "out/runs/tagged-later"
+    done = run_cli(workspace, "train", *SMALL, "run.name=tagged-later", "run.steps=4")
+    assert done.returncode == 0, done.stderr
+    later = ["train", f"run.dir={run_dir}", "run.steps=8", "checkpoint.keep_last=1"]
+    done = run_cli(workspace, *later, "+checkpoint.tags.good=2", "+checkpoint.tags.lost=3")
+    assert done.returncode == 0, done.stderr
+    wrong = (
+        "checkpoint.tags.lost=3 keeps nothing: the run is at step 4, and has checkpoints of 4, 2"
+    )
+    assert wrong in done.stderr
+    assert "checkpoint.tags=" not in done.stderr
+    saved = sorted(path.name[-1] for path in (run_dir / "checkpoints").glob("step-*"))
+    assert saved == ["2", "8"]
+    # as a life leaves it that dies between a save and its tag: the run goes on from there
+    (run_dir / "checkpoints/tags/good").unlink()
+    done = run_cli(workspace, *later, "+checkpoint.tags.last=8")
+    assert done.returncode == 0, done.stderr
+    assert read_tags(run_dir) == {"last": 8}
 
 
 EVERY_STEP = {
