@@ -51,7 +51,7 @@ from pretrain.loop.lineage import FINISHED, STALLED, STOPPED, Lineage
 from pretrain.loop.lock import RunLock
 from pretrain.loop.origin import origin
 from pretrain.loop.outcome import check_last_steps, check_weights
-from pretrain.loop.passed_over import Rewind, read_rewinds
+from pretrain.loop.passed_over import Rewind, read_rewinds, windows
 from pretrain.loop.record import Record
 from pretrain.loop.rewind import rewind
 from pretrain.loop.run_folder import (
@@ -323,7 +323,12 @@ def _check_inputs(config: TrainConfig, world: World) -> _Inputs:
         check_same_data(saved, identity["data_fingerprint"], config.data.shards)
         state = TrainState.from_dict(saved["train"])
         identity |= {key: saved[key] for key in ("adopted_from",) if key in saved}
-    on_all_ranks(world, lambda: check_epochs(config.data, order, total_rows(config, state)))
+    # rows that the run went past were taken back; the life that did so was not stopped for them
+    passed = windows(rewinds, before=state.rows)
+    on_all_ranks(
+        world,
+        lambda: check_epochs(config.data, order, total_rows(config, state), without=passed),
+    )
     return _Inputs(identity, held_out, order, sampler, newest, state, rewinds, digits)
 
 

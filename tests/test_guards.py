@@ -21,6 +21,7 @@ from pretrain.engine.deepspeed import Engine
 from pretrain.errors import CheckpointError
 from pretrain.jobs.progress import read_progress
 from pretrain.loop.lineage import read_lives
+from pretrain.loop.passed_over import read_rewinds, windows
 from pretrain.replay import weights_before
 from pretrain.reporting.run import read_run
 from pretrain.testing import start_commands
@@ -207,6 +208,25 @@ def test_a_run_goes_back_and_past_the_rows_of_a_spike(nervous: Path) -> None:
     # what was taken back is kept beside the record
     discarded = read_records(nervous, "metrics.discarded.jsonl")
     assert {window["from_step"] for window in windows} <= {record["step"] for record in discarded}
+
+
+def test_rows_that_were_passed_over_count_for_no_epoch_when_a_run_resumes(
+    workspace: Path, nervous: Path
+) -> None:
+    """The life that goes back is not stopped by its limit, so no later one may be."""
+    config = load("train", [f"data.shards={workspace}/out/data/small-tiny", *SMALL])
+    order = train_order(config.data, open_manifest(config.data), config.run.seed)
+    passed = sum(behind - first for first, behind in windows(read_rewinds(nervous), before=9999))
+    # as much as the steps read, and no more than a few rows for the place in the mixture
+    limit = order.epochs(24 * 16 + 32)[0]
+    assert order.epochs(24 * 16 + passed)[0] > limit
+    sources = f"+data.sources={{prose: {{max_epochs: {limit}}}, sums: {{}}}}"
+    limited = ["train", *SMALL, *NERVOUS, sources, "run.name=nervous-limited"]
+    done = run_cli(workspace, *limited, "run.steps=23")
+    assert done.returncode == 0, done.stderr
+    done = run_cli(workspace, *limited)
+    assert done.returncode == 0, done.stderr
+    assert windows_of(nervous.with_name("nervous-limited"))
 
 
 def test_a_run_that_is_killed_around_its_rewinds_ends_the_same(
