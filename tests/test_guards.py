@@ -21,7 +21,7 @@ from pretrain.engine.deepspeed import Engine
 from pretrain.errors import CheckpointError
 from pretrain.jobs.progress import read_progress
 from pretrain.loop.lineage import read_lives
-from pretrain.loop.passed_over import read_rewinds, windows
+from pretrain.loop.passed_over import Rewind, append_rewind, read_rewinds, windows
 from pretrain.replay import weights_before
 from pretrain.reporting.run import read_run
 from pretrain.testing import start_commands
@@ -208,6 +208,33 @@ def test_a_run_goes_back_and_past_the_rows_of_a_spike(nervous: Path) -> None:
     # what was taken back is kept beside the record
     discarded = read_records(nervous, "metrics.discarded.jsonl")
     assert {window["from_step"] for window in windows} <= {record["step"] for record in discarded}
+
+
+@pytest.mark.parametrize("passed", [(), (144, 176)], ids=["reached", "passed-over"])
+def test_losses_of_another_mixture_are_not_compared(
+    workspace: Path, passed: tuple[int, ...]
+) -> None:
+    """It begins at row 160, which a run that has gone back over it may never see."""
+    name = f"mixture-{len(passed)}"
+    run_dir = workspace / "out/runs" / name
+    run_dir.mkdir(parents=True)
+    if passed:
+        append_rewind(run_dir, Rewind(11, 9, *passed))
+    sources = "+data.sources={prose: {weight: 1}, sums: {weight: 1}}"
+    milestones = f"data.milestones=[{{from_tokens: {160 * 32}, weights: {{prose: 0, sums: 1}}}}]"
+    done = run_cli(
+        workspace, "train", *SMALL, f"run.name={name}", "run.steps=20", sources, milestones,
+        "guards.spike.window_steps=8", "validation.every_steps=99", "checkpoint.every_steps=99",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    scores = {
+        record["data/first_row"]: record["loss/spike_score"]
+        for record in read_records(run_dir) if "loss/nats" in record
+    }  # fmt: skip
+    first = 176 if passed else 160
+    assert [row for row, score in scores.items() if score == 0] == [
+        *range(0, 128, 16), *range(first, first + 128, 16),
+    ]  # fmt: skip
 
 
 def test_rows_that_were_passed_over_count_for_no_epoch_when_a_run_resumes(

@@ -85,6 +85,9 @@ class Session:
     def next_batch(self) -> Batch:
         """This rank's rows of the next step."""
         row = row_after(self.rewinds, self.state.rows)
+        if _changes_mixture(self.config, range(self.state.rows, row + self.config.rows_per_step)):
+            # another mixture has another loss: nothing to compare it with
+            self.state.good_losses.clear()
         if self.batches is None or row != self.state.rows:
             self.forget_batches()
             self.state.rows = row
@@ -163,9 +166,6 @@ def _step(session: Session) -> StepRecord:
     if sums.lost:
         note_lost_rows(config, world, state, batch)
     loss = sums.nats / max(all_labels, 1.0)
-    if _changes_mixture(config, first_row):
-        # another mixture has another loss: nothing to compare it with
-        state.good_losses.clear()
     verdict = spikes.judge(state, loss, config.guards.spike)
     session.enter("update")
     result = session.engine.step(
@@ -258,9 +258,8 @@ def _sum(
     return _Sums(*sums[: len(own)]), sums[len(own) :]
 
 
-def _changes_mixture(config: TrainConfig, first_row: int) -> bool:
-    """Whether a milestone of the data begins in the step."""
-    rows = range(first_row, first_row + config.rows_per_step)
+def _changes_mixture(config: TrainConfig, rows: range) -> bool:
+    """Whether a milestone of the data begins among rows of a step, or those gone past before it."""
     return any(m.first_row(config.data.context) in rows for m in config.data.milestones)
 
 
