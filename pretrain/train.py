@@ -240,8 +240,8 @@ def _train(
         _stop_if_diverged(session.state, guards, saves)
         is_last = step.step == last_step(config, session.state)
         is_leaving = is_last or step.should_stop
-        if must_rewind(session.state, guards.spike) and not is_leaving:
-            rewind(session, record, saves)
+        is_bad = must_rewind(session.state, guards.spike) and not is_leaving
+        if is_bad and rewind(session, record, saves):
             continue
         if is_last or (not is_leaving and step.step % config.validation.every_steps == 0):
             session.watch.enter(step.step, "validation")

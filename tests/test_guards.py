@@ -378,6 +378,19 @@ def test_saves_among_spikes_leave_the_checkpoint_to_go_back_to(workspace: Path) 
     assert len(left) <= 2
 
 
+def test_a_run_that_cannot_go_back_saves_what_is_due(workspace: Path) -> None:
+    """The first checkpoint is due in the very step in which the run would go back."""
+    done = run_cli(
+        workspace, "train", *SMALL, *NERVOUS, "run.name=nowhere", "run.steps=12",
+        "checkpoint.every_steps=11", "validation.every_steps=11",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "steps 10 to 11 are loss spikes, and there is no checkpoint from before" in done.stderr
+    assert "validation at step 11" in done.stderr
+    saved = (workspace / "out/runs/nowhere/checkpoints").glob("step-*")
+    assert sorted(path.name[-2:] for path in saved) == ["11", "12"]
+
+
 def test_a_run_that_keeps_going_back_stops(workspace: Path) -> None:
     done = run_cli(
         workspace, "train", *SMALL, *NERVOUS, "run.name=lost", "guards.spike.max_rewinds=1",
