@@ -14,6 +14,10 @@ from pretrain.loop.lineage import read_lives
 pytestmark = pytest.mark.faults
 
 
+@row(
+    "control/save and control/pause at once",
+    "the save is committed, and its file removed, before the run waits",
+)
 def test_a_save_is_committed_before_the_run_pauses(workspace: Path) -> None:
     """Whoever asks for both waits for the save; and a pause may be long, and end in a power cut."""
     folder = workspace / "out/runs/asked-for-both/control"
