@@ -408,7 +408,7 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         if isinstance(value, dict) and value:
             flat |= _flatten(value, f"{prefix}{key}.")
-        else:
+        elif value != {}:
             flat[prefix + key] = value
     return flat
 

@@ -52,6 +52,7 @@ from pretrain.jobs.sweeps import (
     swept_values,
     write_sweep,
 )
+from pretrain.loop.beginning import check_can_begin
 from pretrain.multirun import combinations, refuse_shared_folders
 
 log = logging.getLogger(__name__)
@@ -172,6 +173,7 @@ def _prepare(config: SubmitConfig, *, code_in: Path | None) -> Job:
     workdir = Path.cwd()
     folder = workdir / run.run.dir
     changes: list[str] = []
+    check_can_begin(run)
     if (folder / "config.yaml").is_file():
         old = thaw(folder)
         check_resumable(old, run)
@@ -228,11 +230,15 @@ def _says_finished(job: Job) -> bool:
     if not (job.folder / "config.yaml").is_file():
         return False
     progress = read_progress(job.folder, job.config)
-    if progress.is_finished:
-        print(f"{job.folder} has all its {progress.saved_step} steps; give more with run.steps=...")
+    if progress.has_all_steps:
+        but = f", but {progress.trouble}" if progress.trouble else ""
+        print(
+            f"{job.folder} has all its {progress.saved_step} steps{but}; give more with "
+            "run.steps=..."
+        )
     else:
         print(f"resumes {job.folder} at step {progress.saved_step} of {progress.last_step}")
-    return progress.is_finished
+    return progress.has_all_steps
 
 
 def _print_plan(job: Job) -> None:

@@ -50,7 +50,8 @@ from pretrain.loop.host_memory import HostMemory
 from pretrain.loop.lineage import FINISHED, STALLED, STOPPED, Lineage
 from pretrain.loop.lock import RunLock
 from pretrain.loop.origin import origin
-from pretrain.loop.passed_over import Rewind, read_rewinds
+from pretrain.loop.outcome import check_last_steps, check_weights
+from pretrain.loop.passed_over import Rewind, read_rewinds, windows
 from pretrain.loop.record import Record
 from pretrain.loop.rewind import rewind
 from pretrain.loop.run_folder import (
@@ -62,7 +63,7 @@ from pretrain.loop.run_folder import (
     write_requeue_record,
 )
 from pretrain.loop.samples import Sampler
-from pretrain.loop.saves import Saves
+from pretrain.loop.saves import Saves, tag_earlier
 from pretrain.loop.sensors import Reading, Sensors
 from pretrain.loop.signals import StopSignals
 from pretrain.loop.spikes import must_rewind
@@ -142,7 +143,9 @@ def _life(config: TrainConfig, world: World, stop: StopSignals, lock: RunLock) -
     if inputs.newest is not None:
         newest = inputs.newest
         on_rank_0(world, lambda: set_later_aside(run_dir, newest))
+    on_rank_0(world, lambda: tag_earlier(config, reached=inputs.state.step))
     if inputs.state.step >= last_step(config, inputs.state):
+        check_last_steps(inputs.state)
         log.info(
             "%s has all its %d steps; give more with run.steps=...", run_dir, inputs.state.step
         )
@@ -237,15 +240,24 @@ def _train(
         _stop_if_diverged(session.state, guards, saves)
         is_last = step.step == last_step(config, session.state)
         is_leaving = is_last or step.should_stop
-        if must_rewind(session.state, guards.spike) and not is_leaving:
-            rewind(session, record, saves)
+        is_bad = must_rewind(session.state, guards.spike) and not is_leaving
+        if is_bad and rewind(session, record, saves):
             continue
         if is_last or (not is_leaving and step.step % config.validation.every_steps == 0):
             session.watch.enter(step.step, "validation")
-            record.validation(session.state, _validate(session, inputs))
+            result = _validate(session, inputs)
+            record.validation(session.state, result)
+            if is_last:
+                # what is on its way is from before
+                saves.finish()
+                check_weights(session.state, result["validation/loss_at_mean_nats"])
         session.watch.enter(step.step, "save")
         saves.after_step(step, is_leaving=is_leaving)
+        if is_last:
+            check_last_steps(session.state)
         if step.should_pause and not is_leaving:
+            # nobody knows for how long: what is on its way is safe, and whoever asked for it hears
+            saves.finish()
             _pause(session, lock)
 
 
@@ -311,7 +323,12 @@ def _check_inputs(config: TrainConfig, world: World) -> _Inputs:
         check_same_data(saved, identity["data_fingerprint"], config.data.shards)
         state = TrainState.from_dict(saved["train"])
         identity |= {key: saved[key] for key in ("adopted_from",) if key in saved}
-    on_all_ranks(world, lambda: check_epochs(config.data, order, total_rows(config, state)))
+    # rows that the run went past were taken back; the life that did so was not stopped for them
+    passed = windows(rewinds, before=state.rows)
+    on_all_ranks(
+        world,
+        lambda: check_epochs(config.data, order, total_rows(config, state), without=passed),
+    )
     return _Inputs(identity, held_out, order, sampler, newest, state, rewinds, digits)
 
 

@@ -1,6 +1,7 @@
 """A run in trouble, as people see it: dropped updates, replays, loss spikes, going back."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,8 +16,14 @@ from conftest import SMALL, run_cli, weights_of
 from pretrain.compose import load
 from pretrain.data.store import open_manifest, train_order
 from pretrain.engine import fragments
+from pretrain.engine.commit import read_tags
+from pretrain.engine.deepspeed import Engine
 from pretrain.errors import CheckpointError
+from pretrain.jobs.progress import read_progress
+from pretrain.loop.lineage import read_lives
+from pretrain.loop.passed_over import Rewind, append_rewind, read_rewinds, windows
 from pretrain.replay import weights_before
+from pretrain.reporting.run import read_run
 from pretrain.testing import start_commands
 
 pytestmark = pytest.mark.faults
@@ -109,6 +116,59 @@ def test_a_replay_takes_the_nearest_weights_that_are_kept(
         assert warning in caplog.text
 
 
+def spoil_last_gradient() -> None:
+    """In the process of a run, before it starts: NaN in one micro-batch of one rank, at step 3."""
+    backward, calls = Engine.backward, 0
+
+    def spoilt(engine: Engine, nats: Any, *, scale: float) -> None:
+        nonlocal calls
+        calls += 1
+        is_it = calls == 3 * engine.micro_steps - 1 and engine.world.rank == 1
+        backward(engine, nats, scale=math.nan if is_it else scale)
+
+    Engine.backward = spoilt  # type: ignore[method-assign]
+
+
+def test_a_run_whose_last_step_had_no_update_has_not_ended_well(workspace: Path) -> None:
+    """Its weights are good all the same, so they are saved; and more steps go on from them."""
+    three = ["run.steps=3", "checkpoint.every_steps=9"]
+    with Life(workspace, "spoilt", *three, ranks=2, before=spoil_last_gradient) as life:
+        assert life.wait() == [70, 70], life.said()
+    wrong = "its last step, 3, but it had no update, because loss or gradient were not finite"
+    for rank in (0, 1):
+        assert wrong in life.said(rank)
+    assert "WARNING pretrain.loop.record: non-finite at step 3: loss 6" in life.said(0)
+    assert "Traceback" not in life.said()
+    assert read_run(life.run_dir).state == "DivergenceError"
+    progress = read_progress(life.run_dir)
+    assert (progress.has_all_steps, progress.is_finished) == (True, False)
+    assert "the weights are those of step 2" in progress.trouble
+    # nor has it when somebody looks again
+    again = run_cli(workspace, "train", f"run.dir={life.run_dir}")
+    assert again.returncode == 70, again.stderr
+    assert wrong in again.stderr
+    assert len(read_lives(life.run_dir)) == 1
+    more = run_cli(workspace, "train", f"run.dir={life.run_dir}", "run.steps=4")
+    assert more.returncode == 0, more.stderr
+    assert [r["optimizer/skipped_updates"] for r in read_records(life.run_dir)
+            if "loss/nats" in r] == [0, 0, 1, 1]  # fmt: skip
+    assert read_progress(life.run_dir).is_finished
+
+
+def test_a_run_that_ends_with_weights_of_no_use_has_not_ended_well(workspace: Path) -> None:
+    """The first update spoils them, and there is no second step to find it."""
+    done = run_cli(
+        workspace, "train", *SMALL, "run.name=spoilt-at-once", "run.steps=1", "optimizer=adamw",
+        "optimizer.learning_rate=1e30", "schedule.warmup_tokens=0",
+    )  # fmt: skip
+    assert done.returncode == 70, done.stderr
+    assert "its weights are of no use and are not saved: their held-out loss is nan" in done.stderr
+    assert "Traceback" not in done.stderr
+    run_dir = workspace / "out/runs/spoilt-at-once"
+    assert read_run(run_dir).state == "DivergenceError"
+    assert not (run_dir / "checkpoints").exists()
+
+
 # Every second loss or so is above the median: what counts as a spike here is ordinary noise.
 NERVOUS = [
     "guards.spike.window_steps=8", "guards.spike.alert_score=0.02", "guards.spike.skip_score=0.5",
@@ -148,6 +208,52 @@ def test_a_run_goes_back_and_past_the_rows_of_a_spike(nervous: Path) -> None:
     # what was taken back is kept beside the record
     discarded = read_records(nervous, "metrics.discarded.jsonl")
     assert {window["from_step"] for window in windows} <= {record["step"] for record in discarded}
+
+
+@pytest.mark.parametrize("passed", [(), (144, 176)], ids=["reached", "passed-over"])
+def test_losses_of_another_mixture_are_not_compared(
+    workspace: Path, passed: tuple[int, ...]
+) -> None:
+    """It begins at row 160, which a run that has gone back over it may never see."""
+    name = f"mixture-{len(passed)}"
+    run_dir = workspace / "out/runs" / name
+    run_dir.mkdir(parents=True)
+    if passed:
+        append_rewind(run_dir, Rewind(11, 9, *passed))
+    sources = "+data.sources={prose: {weight: 1}, sums: {weight: 1}}"
+    milestones = f"data.milestones=[{{from_tokens: {160 * 32}, weights: {{prose: 0, sums: 1}}}}]"
+    done = run_cli(
+        workspace, "train", *SMALL, f"run.name={name}", "run.steps=20", sources, milestones,
+        "guards.spike.window_steps=8", "validation.every_steps=99", "checkpoint.every_steps=99",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    scores = {
+        record["data/first_row"]: record["loss/spike_score"]
+        for record in read_records(run_dir) if "loss/nats" in record
+    }  # fmt: skip
+    first = 176 if passed else 160
+    assert [row for row, score in scores.items() if score == 0] == [
+        *range(0, 128, 16), *range(first, first + 128, 16),
+    ]  # fmt: skip
+
+
+def test_rows_that_were_passed_over_count_for_no_epoch_when_a_run_resumes(
+    workspace: Path, nervous: Path
+) -> None:
+    """The life that goes back is not stopped by its limit, so no later one may be."""
+    config = load("train", [f"data.shards={workspace}/out/data/small-tiny", *SMALL])
+    order = train_order(config.data, open_manifest(config.data), config.run.seed)
+    passed = sum(behind - first for first, behind in windows(read_rewinds(nervous), before=9999))
+    # as much as the steps read, and no more than a few rows for the place in the mixture
+    limit = order.epochs(24 * 16 + 32)[0]
+    assert order.epochs(24 * 16 + passed)[0] > limit
+    sources = f"+data.sources={{prose: {{max_epochs: {limit}}}, sums: {{}}}}"
+    limited = ["train", *SMALL, *NERVOUS, sources, "run.name=nervous-limited"]
+    done = run_cli(workspace, *limited, "run.steps=23")
+    assert done.returncode == 0, done.stderr
+    done = run_cli(workspace, *limited)
+    assert done.returncode == 0, done.stderr
+    assert windows_of(nervous.with_name("nervous-limited"))
 
 
 def test_a_run_that_is_killed_around_its_rewinds_ends_the_same(
@@ -210,6 +316,28 @@ def test_where_a_run_goes_back_to_does_not_depend_on_the_disk(
     assert windows_of(nervous.with_name("slow-disk")) == windows_of(nervous)
 
 
+def test_a_checkpoint_that_is_there_may_be_tagged_later(workspace: Path) -> None:
+    """Steps 2 and 4 are saved; the life that goes on is asked to keep 2 and 3, and then 4."""
+    run_dir = workspace / "out/runs/tagged-later"
+    done = run_cli(workspace, "train", *SMALL, "run.name=tagged-later", "run.steps=4")
+    assert done.returncode == 0, done.stderr
+    later = ["train", f"run.dir={run_dir}", "run.steps=8", "checkpoint.keep_last=1"]
+    done = run_cli(workspace, *later, "+checkpoint.tags.good=2", "+checkpoint.tags.lost=3")
+    assert done.returncode == 0, done.stderr
+    wrong = (
+        "checkpoint.tags.lost=3 keeps nothing: the run is at step 4, and has checkpoints of 4, 2"
+    )
+    assert wrong in done.stderr
+    assert "checkpoint.tags=" not in done.stderr
+    saved = sorted(path.name[-1] for path in (run_dir / "checkpoints").glob("step-*"))
+    assert saved == ["2", "8"]
+    # as a life leaves it that dies between a save and its tag: the run goes on from there
+    (run_dir / "checkpoints/tags/good").unlink()
+    done = run_cli(workspace, *later, "+checkpoint.tags.last=8")
+    assert done.returncode == 0, done.stderr
+    assert read_tags(run_dir) == {"last": 8}
+
+
 EVERY_STEP = {
     "due": ["checkpoint.every_steps=1"],
     "tagged": [f"+checkpoint.tags.of_{step}={step}" for step in range(1, 25)],
@@ -248,6 +376,19 @@ def test_saves_among_spikes_leave_the_checkpoint_to_go_back_to(workspace: Path) 
     left = [path.name for path in (run_dir / "checkpoints").glob("step-*")]
     assert "step-0000000024" in left
     assert len(left) <= 2
+
+
+def test_a_run_that_cannot_go_back_saves_what_is_due(workspace: Path) -> None:
+    """The first checkpoint is due in the very step in which the run would go back."""
+    done = run_cli(
+        workspace, "train", *SMALL, *NERVOUS, "run.name=nowhere", "run.steps=12",
+        "checkpoint.every_steps=11", "validation.every_steps=11",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "steps 10 to 11 are loss spikes, and there is no checkpoint from before" in done.stderr
+    assert "validation at step 11" in done.stderr
+    saved = (workspace / "out/runs/nowhere/checkpoints").glob("step-*")
+    assert sorted(path.name[-2:] for path in saved) == ["11", "12"]
 
 
 def test_a_run_that_keeps_going_back_stops(workspace: Path) -> None:

@@ -143,12 +143,17 @@ class Order:
             for name, rows in shard_rows.items()
         ]
 
-    def epochs(self, rows: int) -> list[float]:
-        """How often each source has been read through after so many rows of the run."""
-        counts = self.mixture.counts(rows).tolist()
+    def epochs(self, rows: int, *, without: Sequence[tuple[int, int]] = ()) -> list[float]:
+        """How often each source has been read through after so many rows of the run.
+
+        `without`: stretches that do not count, each by its first row and the row behind its last.
+        """
+        counts = self.mixture.counts(rows)
+        for first, behind in without:
+            counts = counts - self.mixture.counts(behind) + self.mixture.counts(first)
         return [
             count / source.rows if source.rows else 0.0
-            for count, source in zip(counts, self.sources, strict=True)
+            for count, source in zip(counts.tolist(), self.sources, strict=True)
         ]
 
     def address(self, global_row: int) -> RowAddress:

@@ -134,17 +134,21 @@ def _milestones(config: DataConfig, names: list[str]) -> list[tuple[int, dict[st
 _USUAL_EPOCHS = 4.0
 
 
-def check_epochs(config: DataConfig, order: Order, rows: int) -> None:
+def check_epochs(
+    config: DataConfig, order: Order, rows: int, *, without: Sequence[tuple[int, int]] = ()
+) -> None:
     """Refuse a run of so many rows that would read a source more often than it may.
 
+    `without`: stretches of rows that it went past, and does not learn from.
     Raises ConfigError; warns of sources that are read often and have no limit.
     """
-    for source, epochs in zip(order.sources, order.epochs(rows), strict=True):
+    read = rows - sum(behind - first for first, behind in without)
+    for source, epochs in zip(order.sources, order.epochs(rows, without=without), strict=True):
         configured = config.sources.get(source.name)
         limit = None if configured is None else configured.max_epochs
         if limit is not None and epochs > limit:
             raise ConfigError(
-                f"data.sources.{source.name}.max_epochs={limit:g}, but {rows:,} rows of this "
+                f"data.sources.{source.name}.max_epochs={limit:g}, but {read:,} rows of this "
                 f"mixture read its {source.rows:,} rows {epochs:.2f} times. Give "
                 "it a smaller weight, or more text, or shorten the run."
             )

@@ -13,6 +13,7 @@ from pretrain.compose import thaw
 from pretrain.config import TrainConfig
 from pretrain.errors import CheckpointError
 from pretrain.loop.metrics import read_metrics
+from pretrain.loop.outcome import describe_last_steps
 from pretrain.loop.state import TrainState, last_step
 
 
@@ -30,11 +31,18 @@ class Progress:
     """Of that step."""
     held_out_nats: float | None = None
     """Of the newest validation, at the mean depth."""
+    trouble: str = ""
+    """What was wrong with the last saved steps, if anything was."""
+
+    @property
+    def has_all_steps(self) -> bool:
+        """Whether the last step is saved."""
+        return self.saved_step >= self.last_step
 
     @property
     def is_finished(self) -> bool:
-        """Whether the last step is saved."""
-        return self.saved_step >= self.last_step
+        """Whether the last step is saved, and all was well with it."""
+        return self.has_all_steps and not self.trouble
 
 
 def read_progress(folder: Path, config: TrainConfig | None = None) -> Progress:
@@ -54,6 +62,7 @@ def read_progress(folder: Path, config: TrainConfig | None = None) -> Progress:
         step=steps[-1]["step"] if steps else 0,
         loss_nats=steps[-1]["loss/nats"] if steps else None,
         held_out_nats=validations[-1]["validation/loss_at_mean_nats"] if validations else None,
+        trouble=describe_last_steps(state) if state.not_finite_in_a_row else "",
     )
 
 

@@ -51,6 +51,21 @@ def append_rewind(run_dir: Path, rewind: Rewind) -> None:
     os.replace(draft, path)
 
 
+def windows(rewinds: list[Rewind], *, before: int) -> list[tuple[int, int]]:
+    """First row and the row behind the last of each stretch that was passed over before a row.
+
+    Apart and ascending: a run that went back to one place twice has two lines that overlap.
+    """
+    found: list[tuple[int, int]] = []
+    reached = 0
+    for rewind in sorted(rewinds, key=lambda rewind: rewind.first_row):
+        first, behind = max(rewind.first_row, reached), min(rewind.next_row, before)
+        if first < behind:
+            found.append((first, behind))
+            reached = behind
+    return found
+
+
 def row_after(rewinds: list[Rewind], row: int) -> int:
     """`row`, or the first one behind the passed-over rows that it is among."""
     for rewind in rewinds:

@@ -55,7 +55,6 @@ class Record:
         )
         self._sinks = [sink for sink in started if sink is not None]
         self._alerts = Alerts(self._sinks, cooldown_s=config.logging.alert_cooldown_s)
-        self._spikes = state.spikes
 
     def step(self, record: StepRecord) -> None:
         """One line on the console, one object in the log, one point in each sink."""
@@ -76,7 +75,7 @@ class Record:
             )
         )
         self._write({"step": record.step, "tokens": record.tokens, **metrics, **progress})
-        self._alert_of_step(record)
+        self._tell_of_step(record)
 
     def validation(self, state: TrainState, result: dict[str, Any]) -> None:
         """Held-out loss at several depths and samples: one object, a line each on the console."""
@@ -136,15 +135,21 @@ class Record:
         if self._is_writer:
             self.alert("requeue", f"{self._name} saved step {state.step} and leaves: {reason}")
 
-    def _alert_of_step(self, record: StepRecord) -> None:
-        metrics, place = record.metrics, f"{self._name} at step {record.step}"
-        loss, norm = metrics["loss/nats"], metrics["gradient/norm"]
+    def _tell_of_step(self, record: StepRecord) -> None:
+        """WARNING and alert of a step whose update was dropped, or whose loss was a spike."""
+        metrics, limits = record.metrics, self._config.guards.spike
+        loss, norm, score = (
+            metrics[key] for key in ("loss/nats", "gradient/norm", "loss/spike_score")
+        )
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self.alert("non-finite", f"{place}: loss {loss}, gradient norm {norm}")
-        elif metrics["loss/spikes"] > self._spikes:
-            score = metrics["loss/spike_score"]
-            self.alert("spike", f"{place}: loss {loss:.4f}, {score:.1f} deviations up")
-        self._spikes = metrics["loss/spikes"]
+            kind, what = "non-finite", f"loss {loss}, gradient norm {norm}; no update"
+        elif score >= limits.alert_score:
+            update = "no update" if score >= limits.skip_score else "updated all the same"
+            kind, what = "spike", f"loss {loss:.4f}, {score:.1f} deviations up; {update}"
+        else:
+            return
+        log.warning("%s at step %d: %s", kind, record.step, what)
+        self.alert(kind, f"{self._name} at step {record.step}: {what}")
 
     def sync(self) -> None:
         """Make what was written last through a power cut; called with each checkpoint."""

@@ -17,11 +17,11 @@ from pretrain.loop.steps import Session
 log = logging.getLogger(__name__)
 
 
-def rewind(session: Session, record: Record, saves: Saves) -> None:
+def rewind(session: Session, record: Record, saves: Saves) -> bool:
     """Take the run back to before the last bad steps; all ranks call it together.
 
-    Without a checkpoint from before, nothing changes but a line in the log. Raises DivergenceError
-    if the run has gone back as often as guards.spike.max_rewinds allows.
+    False without a checkpoint from before: nothing changes then but a line in the log. Raises
+    DivergenceError if the run has gone back as often as guards.spike.max_rewinds allows.
 
     A death at any instant here leaves a run that repeats the spike and comes here again: later
     checkpoints go first, and only then the rows are passed over.
@@ -44,7 +44,7 @@ def rewind(session: Session, record: Record, saves: Saves) -> None:
             first_bad,
             state.step,
         )
-        return
+        return False
     from_step, next_row = state.step, state.rows
     on_rank_0(world, lambda: _delete_later(run_dir, target))
     lives, trained_s = state.lives, state.trained_s
@@ -66,6 +66,7 @@ def rewind(session: Session, record: Record, saves: Saves) -> None:
         limit,
     )
     record.rewound(session.state)
+    return True
 
 
 def _delete_later(run_dir: Path, target: Path) -> None:

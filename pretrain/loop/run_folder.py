@@ -42,6 +42,7 @@ from pretrain.compose import (
 from pretrain.config import TrainConfig
 from pretrain.engine.world import World
 from pretrain.errors import ConfigError, PretrainError
+from pretrain.loop.beginning import check_can_begin
 from pretrain.secrets import Redacting
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def check_run_folder(config: TrainConfig, world: World) -> None:
-    """Refuse, on every rank, ranks that disagree and a folder that holds another run.
+    """Refuse, on every rank, ranks that disagree and a folder that holds another run, or no run.
 
     Changes nothing. Raises ConfigError, also for a secret in the configuration, which would be
     written there.
@@ -66,6 +67,7 @@ def check_run_folder(config: TrainConfig, world: World) -> None:
                 f"{', '.join(keys)} differ. Start all ranks with the same arguments."
             )
     run_dir = Path(config.run.dir)
+    on_rank_0(world, lambda: check_can_begin(config))
     if (run_dir / "config.yaml").is_file():
         check_resumable(thaw(run_dir), config)
     # rank 0 may write the folder only when everybody has looked at it

@@ -4,6 +4,8 @@ import logging
 import time
 from pathlib import Path
 
+from pretrain.compose import thaw
+from pretrain.config import TrainConfig
 from pretrain.engine import commit
 from pretrain.engine.saving import Saved, prune_checkpoints
 from pretrain.errors import CheckpointError
@@ -15,6 +17,31 @@ log = logging.getLogger(__name__)
 
 SKIPPED = "skipped"
 """The tag of the last checkpoint whose step had no update: `pretrain replay` starts from it."""
+
+
+def tag_earlier(config: TrainConfig, *, reached: int) -> None:
+    """Tag the checkpoints of steps that a run has taken, for the process that owns its folder.
+
+    Those whose tag is new to the run, and the one that it goes on from: the life before may have
+    died before it could. Any other tag that has gone was removed by hand.
+    """
+    run_dir = Path(config.run.dir)
+    has_begun = (run_dir / "config.yaml").is_file()
+    known = thaw(run_dir).checkpoint.tags if has_begun else {}
+    there = {commit.step_of(folder): folder for folder in commit.committed(run_dir)}
+    for tag, step in config.checkpoint.tags.items():
+        is_new = known.get(tag) != step
+        if step > reached or not (is_new or step == reached):
+            continue
+        if step in there:
+            commit.write_tag(run_dir, tag, step)
+            log.info("%s is kept as checkpoints/tags/%s", there[step].name, tag)
+        elif is_new:
+            log.warning(
+                "checkpoint.tags.%s=%d keeps nothing: the run is at step %d, and has checkpoints "
+                "of %s",
+                tag, step, reached, ", ".join(str(other) for other in there) or "no step",
+            )  # fmt: skip
 
 
 class Saves:

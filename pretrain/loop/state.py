@@ -22,6 +22,8 @@ class TrainState:
     """Steps without an update: the gradient was not finite, or the loss was far off."""
     skipped_in_a_row: int = 0
     """How many of those the last steps were."""
+    not_finite_in_a_row: int = 0
+    """How many of the last steps had a loss or a gradient that was not finite."""
     spikes: int = 0
     """Steps whose loss was a spike."""
     bad_in_a_row: int = 0

@@ -4,6 +4,7 @@ The loss of a step is the sum of nats over the step's valid tokens on all ranks,
 number, so neither the ranks nor the accumulation nor padding weigh a token differently.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import torch
 from pretrain.config import TrainConfig
 from pretrain.data.loader import Batch
 from pretrain.data.order import Order
-from pretrain.engine.deepspeed import Engine
+from pretrain.engine.deepspeed import Engine, StepResult
 from pretrain.engine.saving import Saver
 from pretrain.engine.world import World
 from pretrain.loop import spikes
@@ -84,6 +85,9 @@ class Session:
     def next_batch(self) -> Batch:
         """This rank's rows of the next step."""
         row = row_after(self.rewinds, self.state.rows)
+        if _changes_mixture(self.config, range(self.state.rows, row + self.config.rows_per_step)):
+            # another mixture has another loss: nothing to compare it with
+            self.state.good_losses.clear()
         if self.batches is None or row != self.state.rows:
             self.forget_batches()
             self.state.rows = row
@@ -162,9 +166,6 @@ def _step(session: Session) -> StepRecord:
     if sums.lost:
         note_lost_rows(config, world, state, batch)
     loss = sums.nats / max(all_labels, 1.0)
-    if _changes_mixture(config, first_row):
-        # another mixture has another loss: nothing to compare it with
-        state.good_losses.clear()
     verdict = spikes.judge(state, loss, config.guards.spike)
     session.enter("update")
     result = session.engine.step(
@@ -175,7 +176,7 @@ def _step(session: Session) -> StepRecord:
     step_s = time.monotonic() - started
     session.enter("after")
     spikes.note(state, loss, verdict, config.guards.spike)
-    _advance(state, config, is_spike=verdict.is_spike, is_applied=result.is_applied, step_s=step_s)
+    _advance(state, config, loss, verdict, result, step_s=step_s)
     metrics = {
         "loss/nats": loss,
         "loss/spike_score": verdict.score,
@@ -257,9 +258,8 @@ def _sum(
     return _Sums(*sums[: len(own)]), sums[len(own) :]
 
 
-def _changes_mixture(config: TrainConfig, first_row: int) -> bool:
-    """Whether a milestone of the data begins in the step."""
-    rows = range(first_row, first_row + config.rows_per_step)
+def _changes_mixture(config: TrainConfig, rows: range) -> bool:
+    """Whether a milestone of the data begins among rows of a step, or those gone past before it."""
     return any(m.first_row(config.data.context) in rows for m in config.data.milestones)
 
 
@@ -312,15 +312,24 @@ def _is_due(every_steps: int, step: int) -> bool:
 
 
 def _advance(
-    state: TrainState, config: TrainConfig, *, is_spike: bool, is_applied: bool, step_s: float
+    state: TrainState,
+    config: TrainConfig,
+    loss_nats: float,
+    verdict: spikes.Verdict,
+    result: StepResult,
+    *,
+    step_s: float,
 ) -> None:
+    is_finite = math.isfinite(loss_nats) and math.isfinite(result.grad_norm)
     state.step += 1
     state.rows += config.rows_per_step
     state.tokens += config.batch.global_tokens
     state.trained_s += step_s
-    state.skipped_updates += not is_applied
-    state.skipped_in_a_row = 0 if is_applied else state.skipped_in_a_row + 1
-    state.bad_in_a_row = state.bad_in_a_row + 1 if is_spike or not is_applied else 0
+    state.skipped_updates += not result.is_applied
+    state.skipped_in_a_row = 0 if result.is_applied else state.skipped_in_a_row + 1
+    state.not_finite_in_a_row = 0 if is_finite else state.not_finite_in_a_row + 1
+    is_bad = verdict.is_spike or not result.is_applied
+    state.bad_in_a_row = state.bad_in_a_row + 1 if is_bad else 0
 
 
 def _device_memory(world: World) -> dict[str, float]:

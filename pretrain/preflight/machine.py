@@ -27,6 +27,7 @@ from pretrain.engine.memory import GIB, checkpoint_bytes, rank_memory
 from pretrain.engine.trial import take_trial_step
 from pretrain.engine.world import ALONE, join, leave
 from pretrain.errors import ConfigError, PretrainError
+from pretrain.loop.beginning import check_can_begin
 from pretrain.loop.config import WandbMode
 from pretrain.loop.wandb_sink import choose_mode
 from pretrain.model.config import ComputePath
@@ -141,12 +142,16 @@ def check_triton(config: TrainConfig) -> Iterator[Finding]:
 
 
 def check_run_folder(config: TrainConfig) -> Iterator[Finding]:
-    """Whether the run folder can be written and holds the checkpoints that are kept."""
+    """Whether the run folder is a run's, can be written and holds the checkpoints that are kept."""
     folder = Path(config.run.dir).absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
     try:
+        check_can_begin(config)
         with tempfile.TemporaryFile(dir=existing) as probe:
             probe.write(b"probe")
+    except ConfigError as error:
+        yield Finding(Status.missing, "run folder", str(error))
+        return
     except OSError as error:
         yield Finding(
             Status.missing, "run folder", f"{existing}: {error}", "choose another run.dir"

@@ -1,6 +1,7 @@
 """Which sources a run's rows came from, by its law of mixture or its record: no shard is opened."""
 
 from pretrain.data.mixture import Mixture, Phases
+from pretrain.loop.passed_over import windows
 from pretrain.reporting.record import Series
 from pretrain.reporting.run import Run
 from pretrain.reporting.specs import EPOCHS, SHARE, Spec
@@ -23,9 +24,10 @@ def rows_by_source(run: Run) -> dict[str, int]:
         of_phase = Mixture([milestone.weights.get(name, 0.0) for name in weights])
         phases.append((milestone.first_row(data.context), of_phase))
     mixture = Phases(phases)
-    counts = mixture.counts(int(first + rows))
-    for rewind in run.rewinds:
-        counts = counts - mixture.counts(rewind.next_row) + mixture.counts(rewind.first_row)
+    reached = int(first + rows)
+    counts = mixture.counts(reached)
+    for passed, behind in windows(run.rewinds, before=reached):
+        counts = counts - mixture.counts(behind) + mixture.counts(passed)
     found = dict(zip(weights, counts.tolist(), strict=True))
     return dict(sorted(found.items(), key=lambda each: -each[1]))
 

@@ -15,6 +15,23 @@ pytestmark = pytest.mark.faults
 
 
 @row(
+    "control/save and control/pause at once",
+    "the save is committed, and its file removed, before the run waits",
+)
+def test_a_save_is_committed_before_the_run_pauses(workspace: Path) -> None:
+    """Whoever asks for both waits for the save; and a pause may be long, and end in a power cut."""
+    folder = workspace / "out/runs/asked-for-both/control"
+    folder.mkdir(parents=True)
+    for name in ("save", "pause"):
+        (folder / name).touch()
+    with Life(workspace, "asked-for-both", "checkpoint.every_steps=1000") as life:
+        life.until(lambda: "paused: remove" in life.said(0))
+        paused_at = max(read_steps(life.run_dir))
+        assert [commit.step_of(saved) for saved in commit.committed(life.run_dir)] == [paused_at]
+        assert [path.name for path in folder.iterdir()] == ["pause"]
+
+
+@row(
     "control/pause for longer than the watchdog's limit, control/save, control/stop",
     "waits, heartbeats go on; saves, removes the file; saves, exits 75, asks for no requeue",
 )

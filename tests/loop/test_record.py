@@ -69,7 +69,7 @@ def test_every_mishap_is_an_alert_and_what_is_well_is_none(tmp_path: Path, monke
     assert [kind for kind, _ in found] == [
         "spike", "non-finite", "collapse", "save failed", "requeue", "stall",
     ]  # fmt: skip
-    assert found[0][1] == "first at step 2: loss 9.0000, 7.0 deviations up"
+    assert found[0][1] == "first at step 2: loss 9.0000, 7.0 deviations up; updated all the same"
     assert "no room" in found[3][1]
     assert "SIGUSR1" in found[4][1]
     (run,) = [m.run for m in wandb_records(tmp_path) if m.HasField("run")]
@@ -80,6 +80,28 @@ def test_every_mishap_is_an_alert_and_what_is_well_is_none(tmp_path: Path, monke
     # the copy has what the truth has
     steps = [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")]
     assert [row["step"] for row in history(tmp_path)] == steps == [1, 2, 3, 4, 30, 30]
+
+
+def test_a_dropped_update_and_a_spike_are_warnings_on_the_console(tmp_path: Path, caplog) -> None:
+    record = open_record(tmp_path)
+    for number, changes in enumerate(
+        (
+            {"loss/spike_score": 5.9},
+            {"loss/nats": math.nan, "loss/spike_score": math.inf},
+            {"gradient/norm": math.inf},
+            {"loss/nats": 7.0, "loss/spike_score": 6.0},
+            {"loss/nats": 9.0, "loss/spike_score": 12.0},
+        ),
+        start=1,
+    ):
+        record.step(step(number, **changes))
+    record.finish(0)
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
+        "non-finite at step 2: loss nan, gradient norm 1.0; no update",
+        "non-finite at step 3: loss 2.0, gradient norm inf; no update",
+        "spike at step 4: loss 7.0000, 6.0 deviations up; updated all the same",
+        "spike at step 5: loss 9.0000, 12.0 deviations up; no update",
+    ]
 
 
 def test_other_ranks_write_and_tell_nothing(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.loop.guard_config import GuardConfig, SpikeConfig
-from pretrain.loop.passed_over import Rewind, append_rewind, read_rewinds, row_after
+from pretrain.loop.passed_over import Rewind, append_rewind, read_rewinds, row_after, windows
 from pretrain.loop.spikes import judge, must_rewind, note
 from pretrain.loop.state import TrainState
 
@@ -97,6 +97,10 @@ def test_rows_are_passed_over_once_and_chains_of_windows_are_followed(tmp_path) 
     assert [row_after(rewinds, row) for row in (0, 48, 64, 80, 144, 224)] == [
         0, 48, 224, 224, 224, 224,
     ]  # fmt: skip
+    again = Rewind(12, 8, 144, 192), Rewind(16, 2, 32, 240)
+    assert windows([first, second], before=300) == [(64, 144), (144, 224)]
+    assert windows([again[0], second], before=300) == [(144, 192), (192, 224)]
+    assert windows([first, second, *again], before=200) == [(32, 200)]
     (tmp_path / "rewinds.jsonl").write_text('{"from_step": 1}\n')
     with pytest.raises(CheckpointError, match="Restore the file"):
         read_rewinds(tmp_path)

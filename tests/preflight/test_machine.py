@@ -50,6 +50,14 @@ def test_run_folder_that_cannot_be_written_is_missing(config, tmp_path):
     assert "run.dir" in finding.remedy
 
 
+def test_run_folder_that_training_would_refuse_is_missing(config, tmp_path):
+    (tmp_path / "thesis.txt").touch()
+    theirs = dataclasses.replace(config.run, dir=str(tmp_path))
+    (finding,) = check_run_folder(dataclasses.replace(config, run=theirs))
+    assert finding.status is Status.missing
+    assert "it holds thesis.txt. Choose another run.dir" in finding.detail
+
+
 def test_disk_that_cannot_hold_a_checkpoint_is_missing(config):
     """A model of 10^13 parameters needs 120 TB for one checkpoint."""
     here = [finding.status for finding in check_run_folder(config)]

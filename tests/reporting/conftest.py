@@ -95,8 +95,8 @@ def troubled_run(make_run: MakeRun) -> Path:
     """A run with three lives, a rewind, a stall, lost rows, a lasting alarm and a NaN."""
     folder = make_run("troubled")
     record = MetricLog(folder / "metrics.jsonl", resumed_step=30)
-    record.write(step_record(31, float("nan")))
-    record.write(step_record(32, 4.5) | {"loss/spikes": 3})
+    record.write(step_record(31, float("nan")) | {"data/first_row": 304})
+    record.write(step_record(32, 4.5) | {"data/first_row": 312, "loss/spikes": 3})
     record.write(validation_record(32, [4.5, 4.25, 4.125]) | {"alarm/collapse": 1})
     record.close()
     write_lines(
