@@ -14,13 +14,16 @@ from pretrain.errors import ConfigError
 # configuration; and what a disk has of its own.
 _BEFORE = ("code", "control", "lock.json", "lock.last", "logs", "rewinds.jsonl", "lost+found")
 _DRAFTS = (".partial", ".tmp-")
+# what a shell or sbatch writes there of the output of this very process
+_OUTPUTS = (".log", ".out", ".err")
 _SHOWN = 3
 
 
 def check_can_begin(config: TrainConfig) -> None:
     """Raise ConfigError if run.dir is no run's folder and holds something. Changes nothing.
 
-    The configuration's own data and tokenizer may lie there. Raises OSError if it cannot be read.
+    The configuration's own data and tokenizer may lie there, and files of output. Raises OSError if
+    it cannot be read.
     """
     folder = Path(config.run.dir)
     if not folder.exists() or (folder / "config.yaml").exists():
@@ -39,7 +42,8 @@ def check_can_begin(config: TrainConfig) -> None:
 
 
 def _is_known(name: str) -> bool:
-    return name in _BEFORE or name.startswith(".") or any(part in name for part in _DRAFTS)
+    is_draft = any(part in name for part in _DRAFTS)
+    return name in _BEFORE or name.startswith(".") or name.endswith(_OUTPUTS) or is_draft
 
 
 def _has(config: TrainConfig, name: str) -> bool:

@@ -48,6 +48,12 @@ def prepare(folder: Path) -> None:
     (folder / "control/pause").touch()
 
 
+def keep_output(folder: Path) -> None:
+    """As `sbatch --output` and `| tee` do, before the command has begun."""
+    for name in ("slurm-7.out", "slurm-7.err", "train.log"):
+        (folder / name).touch()
+
+
 def die_early(folder: Path) -> None:
     (folder / "logs").mkdir()
     for name in ("lock.json", "lock.last", "lock.0a.partial", "logs/rank-00000.log"):
@@ -64,7 +70,7 @@ def begin_before(folder: Path) -> None:
     (folder / "notes").touch()
 
 
-@pytest.mark.parametrize("deed", [prepare, die_early, build_shards, begin_before])
+@pytest.mark.parametrize("deed", [prepare, keep_output, die_early, build_shards, begin_before])
 def test_what_comes_before_a_run_is_no_obstacle(
     tmp_path: Path, deed: Callable[[Path], None]
 ) -> None:
