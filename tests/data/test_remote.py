@@ -15,10 +15,11 @@ from moto.server import ThreadedMotoServer
 
 from conftest import SMALL, run_cli
 from pretrain.data import cache, loader
+from pretrain.data.cache import read_remote
 from pretrain.data.loader import stream_batches
 from pretrain.data.store import open_manifest
 from pretrain.data.verify import verify
-from pretrain.errors import UnreachableError
+from pretrain.errors import DamageError, DataError, UnreachableError
 
 KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing-secret"}
 
@@ -94,6 +95,131 @@ def test_a_run_trains_from_an_object_store(workspace: Path, tmp_path: Path, obje
         return [hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob("rank-*"))]
 
     assert final("from-s3") == final("from-folder")
+
+
+class RefusingStore(http.server.SimpleHTTPRequestHandler):
+    """A folder as buckets; says what it is told to say, as S3 does, before it gives anything."""
+
+    def do_GET(self) -> None:
+        self.server.requested.append(self.command)  # type: ignore[attr-defined]
+        refusals = self.server.refusals  # type: ignore[attr-defined]
+        refusal = refusals.pop(0) if refusals else None
+        if refusal is None:
+            (super().do_GET if self.command == "GET" else super().do_HEAD)()
+            return
+        status, code = refusal
+        body = f"<Error><Code>{code}</Code><Message>words of it</Message></Error>".encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def refusing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    """A server of the bucket `rows` with a manifest.json, and the environment that leads to it."""
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows/manifest.json").write_bytes(b"all of it")
+    handler = partial(RefusingStore, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.requested, server.refusals = [], []  # type: ignore[attr-defined]
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        # ours are the only attempts
+        for name, value in {**KEYS, "AWS_ENDPOINT_URL": endpoint, "AWS_MAX_ATTEMPTS": "1"}.items():
+            monkeypatch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+MANIFEST = "s3://rows/manifest.json"
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind", "said"),
+    [
+        (401, "Unauthorized", DataError, "the server says 401 Unauthorized; check data.shards"),
+        (403, "InvalidAccessKeyId", DataError, "the server says 403 Forbidden; check data.shards"),
+        (400, "InvalidArgument", DataError, "the server says 400 Bad Request; check data.shards"),
+        (404, "NoSuchBucket", DamageError, "the server says 404 NoSuchBucket: words of it; check"),
+    ],
+)
+def test_what_a_store_refuses_for_good_is_said_at_once(
+    refusing, caplog, status: int, code: str, kind: type[DataError], said: str
+) -> None:
+    refusing.refusals = [(status, code)] * 100
+    with pytest.raises(DataError, match=said) as caught:
+        read_remote(MANIFEST, retry_wait_s=0.01)
+    assert (caught.type, caught.value.is_final) == (kind, True)
+    assert "attempt 1 of" not in caplog.text
+    # its client asks twice where it is in doubt about the region or the kind of a thing
+    assert len(refusing.requested) <= 2
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [(429, "TooManyRequests"), (500, "InternalError"), (503, "SlowDown"), (409, "Conflict")],
+)
+def test_what_a_store_refuses_for_now_is_asked_again(refusing, caplog, status, code) -> None:
+    refusing.refusals = [(status, code)] * 2
+    assert read_remote(MANIFEST, retry_wait_s=0.01) == b"all of it"
+    assert [line for line in caplog.text.splitlines() if "attempt 2 of" in line]
+    assert refusing.requested == ["HEAD"] * 3 + ["GET"]
+
+
+def test_a_store_that_grew_tired_is_asked_again(refusing, caplog) -> None:
+    """Its status is 400, its name one that the client knows for a timeout."""
+    # by no object of that name the client is led to list what begins with it
+    refusing.refusals = [(404, "NoSuchKey"), (400, "RequestTimeout")]
+    assert read_remote(MANIFEST, retry_wait_s=0.01) == b"all of it"
+    assert "TimeoutError: " in caplog.text
+    assert "attempt 1 of 5" in caplog.text
+    assert refusing.requested == ["HEAD", "GET", "HEAD", "GET"]
+
+
+@pytest.mark.parametrize(
+    ("url", "settings", "said"),
+    [
+        ("s3://No Bucket/x", {}, "ParamValidationError: .*\nInvalid bucket name"),
+        (MANIFEST, {"AWS_ENDPOINT_URL": "nowhere"}, "ValueError: Invalid endpoint: nowhere"),
+        (MANIFEST, {"AWS_PROFILE": "nobody"}, r"ProfileNotFound: The config profile \(nobody\)"),
+        ("http://127.0.0.1:port/x", {}, "InvalidURL: nonnumeric port: 'port'"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_said_at_once(
+    refusing, caplog, monkeypatch, url: str, settings: dict[str, str], said: str
+) -> None:
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(DataError, match=f"cannot be asked for: {said}") as caught:
+        read_remote(url, retry_wait_s=0.01)
+    assert caught.type is DataError
+    assert "attempt 1 of" not in caplog.text
+    assert refusing.requested == []
+
+
+def test_keys_that_are_missing_may_come_and_are_named(refusing, caplog, monkeypatch) -> None:
+    """A node that has them from a service of its cloud gets none while that is overrun."""
+    for name in KEYS:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, "/nonexistent")
+    with pytest.raises(
+        UnreachableError, match=r"NoCredentialsError: Unable to .* this node's keys"
+    ):
+        read_remote(MANIFEST, retry_wait_s=0.01)
+    assert "attempt 5 of 5" in caplog.text
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
