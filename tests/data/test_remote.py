@@ -5,6 +5,7 @@ import http.server
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ from conftest import SMALL, run_cli
 from pretrain.data import cache, loader
 from pretrain.data.cache import read_remote
 from pretrain.data.loader import stream_batches
+from pretrain.data.manifest import read_manifest
 from pretrain.data.store import open_manifest
 from pretrain.data.verify import verify
 from pretrain.errors import DamageError, DataError, UnreachableError
@@ -233,14 +235,22 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def test_shards_are_fetched_before_their_rows_are_read(make_shards, monkeypatch) -> None:
-    monkeypatch.setattr(loader, "ADDRESSED_ROWS", 8)
-    config = make_shards({"a": (200, 1.0)}, window_shards=1)
-    handler = partial(Handler, directory=config.shards)
+@contextmanager
+def served(folder: str) -> Iterator[http.server.ThreadingHTTPServer]:
+    handler = partial(Handler, directory=folder)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         server.requested = []  # type: ignore[attr-defined]
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def test_shards_are_fetched_before_their_rows_are_read(make_shards, monkeypatch) -> None:
+    monkeypatch.setattr(loader, "ADDRESSED_ROWS", 8)
+    config = make_shards({"a": (200, 1.0)}, window_shards=1)
+    with served(config.shards) as server:
         config.shards = f"http://127.0.0.1:{server.server_port}"
         stream = stream_batches(config, seed=3, first_row=0, rows_per_step=1, rank=0, ranks=1)
         # shards of 12 rows, of which 8 are addressed at once: rows 8 to 15 begin another shard
@@ -250,5 +260,35 @@ def test_shards_are_fetched_before_their_rows_are_read(make_shards, monkeypatch)
             assert time.monotonic() < deadline, shards
             time.sleep(0.01)
         stream.close()
-        server.shutdown()
-        thread.join()
+
+
+def test_copies_that_left_the_cache_leave_the_disk(make_shards, monkeypatch) -> None:
+    """A file that somebody has open keeps its room when it is removed."""
+    monkeypatch.setattr(loader, "ADDRESSED_ROWS", 8)
+    config = make_shards({"a": (200, 1.0)}, window_shards=1)
+    shards = read_manifest(Path(config.shards)).sources[0].train
+    assert len(shards) > 12
+    # of rows 8 at hand and 8 to come there are three shards of 12 at most
+    config.cache_bytes = 5 * shards[0].bytes
+    with served(config.shards) as server:
+        config.shards = f"http://127.0.0.1:{server.server_port}"
+        stream = stream_batches(config, seed=3, first_row=0, rows_per_step=1, rank=0, ranks=1)
+        for _ in range(12 * 12):
+            next(stream)
+            assert bytes_taken(Path(config.cache)) <= config.cache_bytes
+        stream.close()
+        copied = [path for path in server.requested if path.endswith(".tar")]  # type: ignore[attr-defined]
+    # one that is still needed does not leave, to be asked for again with every row
+    assert 12 <= len(set(copied)) <= len(copied) < 2 * len(set(copied))
+
+
+def bytes_taken(folder: Path) -> int:
+    """Bytes of copies in a folder, also of those that are removed but open in this process."""
+    sizes: dict[Path, int] = {}
+    for path in [*Path("/proc/self/fd").iterdir(), *folder.glob("*.tar")]:
+        # the thread that fetches ahead opens and removes, too
+        with suppress(FileNotFoundError):
+            target = path.readlink() if path.is_symlink() else path
+            if target.parent == folder and target.name.endswith((".tar", ".tar (deleted)")):
+                sizes[target] = path.stat().st_size
+    return sum(sizes.values())
