@@ -43,7 +43,7 @@ def read_progress(folder: Path, config: TrainConfig | None = None) -> Progress:
     Raises CheckpointError if it is no run folder, or its newest checkpoint cannot be read.
     """
     config = thaw(folder) if config is None else config
-    state = _newest_state(folder)
+    state = newest_state(folder)
     record = folder / "metrics.jsonl"
     records = read_metrics(record) if record.is_file() else []
     steps = [record for record in records if "loss/nats" in record]
@@ -57,7 +57,12 @@ def read_progress(folder: Path, config: TrainConfig | None = None) -> Progress:
     )
 
 
-def _newest_state(folder: Path) -> TrainState:
+def newest_state(folder: Path, *, fingerprint: str | None = None) -> TrainState:
+    """Counters of the newest checkpoint of the run in `folder`, all 0 if there is none.
+
+    All 0, too, if the run has trained on shards of another `fingerprint`: then it is another run
+    that has the folder. Raises CheckpointError if the checkpoint cannot be read.
+    """
     # names of committed folders are step- and ten or more digits; temporary ones have a suffix
     found = {
         int(path.parent.name.removeprefix("step-")): path
@@ -68,9 +73,13 @@ def _newest_state(folder: Path) -> TrainState:
         return TrainState()
     path = found[max(found)]
     try:
-        return TrainState.from_dict(json.loads(path.read_text(encoding="utf-8"))["train"])
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        state = TrainState.from_dict(saved["train"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error!r}.") from error
+    if fingerprint is not None and saved.get("data_fingerprint", fingerprint) != fingerprint:
+        return TrainState()
+    return state
 
 
 if __name__ == "__main__":
