@@ -213,10 +213,12 @@ class ShardCache:
         self._retry_wait_s = retry_wait_s
         try:
             (folder / "locks").mkdir(parents=True, exist_ok=True)
+            with self._locked("room"):
+                pass
         except OSError as error:
             raise ConfigError(
                 f"data.cache={folder}: {error.strerror} on {os.uname().nodename}; give a folder "
-                "that can be written there."
+                "of that node's own disk, which can be written and has file locks."
             ) from error
 
     def fetch(self, url: str, *, sha256: str, size: int) -> Path:
