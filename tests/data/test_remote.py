@@ -17,8 +17,10 @@ from moto.server import ThreadedMotoServer
 from conftest import SMALL, run_cli
 from pretrain.data import cache, loader
 from pretrain.data.cache import read_remote
+from pretrain.data.config import Corpus, DataConfig
 from pretrain.data.loader import stream_batches
 from pretrain.data.manifest import read_manifest
+from pretrain.data.sources import find_parts
 from pretrain.data.store import open_manifest
 from pretrain.data.verify import verify
 from pretrain.errors import DamageError, DataError, UnreachableError
@@ -208,6 +210,28 @@ def test_what_cannot_be_asked_for_is_said_at_once(
     assert caught.type is DataError
     assert "attempt 1 of" not in caplog.text
     assert refusing.requested == []
+
+
+@pytest.mark.parametrize(
+    ("status", "endpoint", "said"),
+    [
+        (403, None, "PermissionError: words of it"),
+        (503, None, r"OSError: \[Errno 16\] words of it"),
+        (200, "http://127.0.0.1:9", "EndpointConnectionError: "),
+        (200, "nowhere", "ValueError: Invalid endpoint: nowhere"),
+    ],
+)
+def test_text_in_a_store_that_does_not_give_it_is_no_bug_of_ours(
+    refusing, monkeypatch, status: int, endpoint: str | None, said: str
+) -> None:
+    if endpoint:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    refusing.refusals = [(status, {403: "AccessDenied", 503: "SlowDown"}.get(status, ""))] * 100
+    config = DataConfig(
+        name="mine", corpus=Corpus.files, root="s3://rows/text", shards="unused", context=8
+    )
+    with pytest.raises(DataError, match=rf"data\.root=s3://rows/text cannot be listed \({said}"):
+        find_parts(config)
 
 
 def test_keys_that_are_missing_may_come_and_are_named(refusing, caplog, monkeypatch) -> None:
