@@ -203,7 +203,7 @@ def _find(system: Any, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Files below a folder and what is known of each; links are not followed.
 
     Raises what the file system raises, where its own `find` takes a folder that has an error for
-    an empty one. Those that are another user's, such as a disk's lost+found, are left out.
+    an empty one. Those of a disk that are another user's, such as lost+found, are left out.
     """
     if isinstance(system, AsyncFileSystem) and type(system)._find is not AsyncFileSystem._find:
         # an object store: it has no folders, and lists all objects at once
@@ -212,6 +212,9 @@ def _find(system: Any, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         listing = system.ls(folder, detail=True)
     except PermissionError as error:
+        # of a store it says that keys are wrong
+        if not isinstance(system, LocalFileSystem):
+            raise
         log.warning("left out %s: %s", folder, error.strerror or error)
         return
     for info in listing:
