@@ -3,9 +3,11 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from pretrain.errors import CheckpointError
 from pretrain.jobs.progress import read_progress
 from pretrain.loop.lineage import read_lives
 from pretrain.loop.passed_over import Rewind, append_rewind, read_rewinds, windows
+from pretrain.preflight.machine import check_data
 from pretrain.replay import weights_before
 from pretrain.reporting.run import read_run
 from pretrain.testing import start_commands
@@ -414,10 +417,11 @@ def test_damaged_rewinds_are_refused_by_every_rank_before_anything_changes(
     assert not (run_dir / "config.yaml").exists()
 
 
-def test_epochs_are_those_of_the_rows_that_the_run_reads(workspace: Path) -> None:
+def test_epochs_are_those_of_the_rows_that_the_run_reads(workspace: Path, monkeypatch) -> None:
     """Not of its steps times their size now: 64 rows and one step of 32 here, not 5 x 32."""
     config = load("train", [f"data.shards={workspace}/out/data/small-tiny", *SMALL])
-    order = train_order(config.data, open_manifest(config.data), config.run.seed)
+    manifest = open_manifest(config.data)
+    order = train_order(config.data, manifest, config.run.seed)
     limit = order.epochs(120)[0]
     sources = f"+data.sources={{prose: {{max_epochs: {limit}}}, sums: {{}}}}"
     done = run_cli(workspace, "train", *SMALL, "run.name=epochs", sources, "run.steps=4")
@@ -428,6 +432,23 @@ def test_epochs_are_those_of_the_rows_that_the_run_reads(workspace: Path) -> Non
     done = run_cli(workspace, "train", "run.dir=out/runs/epochs", "run.steps=7", *larger)
     assert done.returncode == 64
     assert "but 160 rows of this mixture read its" in done.stderr
+    # and so say the commands that look ahead, unless their shards are others
+    others = workspace / "out/data/small-others"
+    shutil.copytree(workspace / "out/data/small-tiny", others)
+    manifest_file = others / "manifest.json"
+    manifest_file.write_bytes(replace(manifest, tool="another build").to_bytes())
+    done = run_cli(workspace, "data", "inspect", "run.dir=out/runs/epochs", f"data.shards={others}")
+    assert "Mixture of 160 rows " in done.stdout, done.stderr
+    for steps, rows in ((5, 96), (7, 160)):
+        overrides = ["run.dir=out/runs/epochs", f"run.steps={steps}"]
+        done = run_cli(workspace, "data", "inspect", *overrides)
+        assert f"Mixture of {rows} rows, 96 of them so far " in done.stdout, done.stderr
+        with monkeypatch.context() as patch:
+            patch.chdir(workspace)
+            config = load("doctor", overrides, resumes=True)
+            *_, shards = check_data(config)
+        tokens = sum(source.totals("train").tokens for source in manifest.sources)
+        assert f"the run reads {rows * 32 / tokens:,.2f} times as many" in shards.detail
 
 
 def test_another_batch_size_goes_on_from_the_consumed_rows(workspace: Path) -> None:

@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from errno import EDQUOT, ENOSPC
+from errno import EDQUOT, ENOLCK, ENOSPC, ENOSYS, EOPNOTSUPP
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 
 WORK_FOLDER = ".build"
 LOCK_FILE = "lock"
+# what a mount without locks says of one: Lustre without -o flock, NFS without its lock service
+NO_LOCKS = (ENOSYS, EOPNOTSUPP, ENOLCK)
 # tar headers, lengths and padding beside the tokens; seen: 1 to 3 % at contexts from 512 on
 OVERHEAD = 1.05
 
@@ -111,9 +113,10 @@ def _sweep(folder: Path) -> None:
     work = folder / WORK_FOLDER
     if work.exists():
         # not where another build is about to find these shards, or where this user may not write
-        with suppress(DataError), _locked(folder, fcntl.LOCK_EX):
-            log.info("removing what an earlier build has left: %s", work)
-            _clear_away(work)
+        with suppress(DataError), _locked(folder, fcntl.LOCK_EX) as is_locked:
+            if is_locked:
+                log.info("removing what an earlier build has left: %s", work)
+                _clear_away(work)
 
 
 def _clear_away(work: Path) -> None:
@@ -324,9 +327,12 @@ class _Build:
 
 
 @contextmanager
-def _locked(folder: Path, kind: int) -> Iterator[None]:
-    """One build at a time in a folder (LOCK_EX), or jobs that share one (LOCK_SH)."""
-    work = folder / WORK_FOLDER
+def _locked(folder: Path, kind: int) -> Iterator[bool]:
+    """One build at a time in a folder (LOCK_EX), or jobs that share one (LOCK_SH).
+
+    Yields whether it is locked: some file systems have no locks, and that must not end a build.
+    """
+    work, is_locked = folder / WORK_FOLDER, True
     with ExitStack() as stack:
         # once the lock is closed: NFS keeps an open file that is removed, under another name
         stack.callback(_remove_if_empty, work)
@@ -339,11 +345,19 @@ def _locked(folder: Path, kind: int) -> Iterator[None]:
                 f"Another process builds shards in {folder}; wait for it, or end it."
             ) from None
         except OSError as error:
-            raise DataError(
-                f"Shards cannot be built in {folder}: {error.strerror}. It must be a folder that "
-                "this user may write and lock; choose another data.shards."
-            ) from error
-        yield
+            if error.errno not in NO_LOCKS:
+                raise DataError(
+                    f"Shards cannot be built in {folder}: {error.strerror}. It must be a folder "
+                    "that this user may write; choose another data.shards."
+                ) from error
+            log.warning(
+                "%s has no file locks (%s), so nothing keeps two builds apart there: start one at "
+                "a time. Jobs that share one (data.build_tasks) do not disturb each other.",
+                folder,
+                error.strerror,
+            )
+            is_locked = False
+        yield is_locked
 
 
 def _remove_if_empty(folder: Path) -> None:

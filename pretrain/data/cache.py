@@ -6,6 +6,7 @@ releases if that process dies. A copy appears under its name only after its sha2
 
 import fcntl
 import hashlib
+import http.client
 import logging
 import os
 import random
@@ -38,6 +39,8 @@ RETRY_WAIT_S = 1.0
 TIMEOUT_S = 60.0
 CHUNK_BYTES = 1 << 20
 STALE_S = 24 * 3600.0
+# statuses below 500 that ask for another try: timeout, conflict, too early, too many requests
+ASKED_AGAIN = (408, 409, 425, 429)
 
 
 def is_url(location: str) -> bool:
@@ -73,8 +76,8 @@ def _try_often(url: str, attempt: Callable[[], Content], wait_s: float) -> Conte
         if number < ATTEMPTS:
             time.sleep(wait_s * 2 ** (number - 1) * random.SystemRandom().uniform(0.5, 1.5))
     raise kind(
-        f"{url} could not be copied in {ATTEMPTS} attempts: {problem}. Check the network and that "
-        "the manifest belongs to these shards."
+        f"{url} could not be copied in {ATTEMPTS} attempts: {problem}. Check the network, this "
+        "node's keys, and that the manifest belongs to these shards."
     )
 
 
@@ -84,23 +87,79 @@ def _chunks(url: str) -> Iterator[bytes]:
         with _open(url) as remote:
             while chunk := remote.read(CHUNK_BYTES):
                 yield chunk
-    except FileNotFoundError as error:
-        raise DamageError(f"{url} does not exist; check data.shards.") from error
-    except urllib.error.HTTPError as error:
-        # 408 and 429 ask for another try, 5xx are the server's trouble
-        if error.code in (408, 429) or error.code >= 500:
-            raise
-        kind = DamageError if error.code in (404, 410) else DataError
-        raise kind(
-            f"{url}: the server says {error.code} {error.reason}; check data.shards and whether "
-            "this node may read it."
-        ) from error
-    except (OSError, PretrainError):
+    except PretrainError:
         raise
     except Exception as error:
+        if (lasting := _lasting(url, error)) is not None:
+            raise lasting from error
+        if isinstance(error, OSError):
+            raise
         # http.client, aiohttp and botocore have errors of their own for a server that is away or
         # hangs up
         raise ConnectionError(f"{type(error).__name__}: {error}") from error
+
+
+def _lasting(url: str, error: Exception) -> DataError | None:
+    """What to say of an error that another try would only meet again; None if it may pass."""
+    status, said = _answer(error)
+    if status in (404, 410):
+        return DamageError(f"{url} does not exist: the server says {said}; check data.shards.")
+    if isinstance(error, FileNotFoundError):
+        return DamageError(f"{url} does not exist; check data.shards.")
+    # a client that can name the trouble does it by the error's type, whatever the status
+    if status is not None and not isinstance(error, TimeoutError):
+        if status >= 500 or status in ASKED_AGAIN:
+            return None
+        return DataError(
+            f"{url}: the server says {said}; check data.shards, the keys that this node has, and "
+            "whether they may read it."
+        )
+    if isinstance(error, PermissionError):
+        return DataError(f"{url}: {error}; check whether this node may read it.")
+    if type(error) is ValueError or isinstance(error, (http.client.InvalidURL, *_unusable())):
+        return DataError(
+            f"{url} cannot be asked for: {type(error).__name__}: {error}. Check data.shards and "
+            "this node's settings for that store."
+        )
+    return None
+
+
+def _answer(error: BaseException | None) -> tuple[int | None, str]:
+    """Status and words of the server, from an error or what has caused it; None if it is mute."""
+    while error is not None:
+        if isinstance(error, urllib.error.HTTPError):
+            return error.code, f"{error.code} {error.reason}"
+        # of botocore's ClientError, which s3fs translates to an OSError
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):
+            status = int(response["ResponseMetadata"]["HTTPStatusCode"])
+            # an answer without a body has the status for a code
+            code, message = (response["Error"].get(key, "") for key in ("Code", "Message"))
+            words = message if code == str(status) else f"{code}: {message}"
+            return status, f"{status} {words}"
+        error = error.__cause__
+    return None, ""
+
+
+def _unusable() -> tuple[type[Exception], ...]:
+    """S3's errors for names, profiles and regions with which there is nothing to ask.
+
+    Not those for missing keys: where a node asks a service for them, they may come.
+    """
+    try:
+        from botocore import exceptions as of_s3
+    except ImportError:
+        return ()
+    return (
+        of_s3.ConfigNotFound,
+        of_s3.ConfigParseError,
+        of_s3.InvalidRegionError,
+        of_s3.NoRegionError,
+        of_s3.ParamValidationError,
+        of_s3.PartialCredentialsError,
+        of_s3.ProfileNotFound,
+        of_s3.UnknownEndpointError,
+    )
 
 
 @contextmanager
@@ -154,10 +213,12 @@ class ShardCache:
         self._retry_wait_s = retry_wait_s
         try:
             (folder / "locks").mkdir(parents=True, exist_ok=True)
+            with self._locked("room"):
+                pass
         except OSError as error:
             raise ConfigError(
                 f"data.cache={folder}: {error.strerror} on {os.uname().nodename}; give a folder "
-                "that can be written there."
+                "of that node's own disk, which can be written and has file locks."
             ) from error
 
     def fetch(self, url: str, *, sha256: str, size: int) -> Path:

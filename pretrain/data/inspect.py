@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -15,6 +16,8 @@ from pretrain.data.shards import RowBytes
 from pretrain.data.store import ShardStore, check_tokenizer, open_manifest, train_order
 from pretrain.data.table import print_manifest
 from pretrain.data.tokenizer import Tokenizer
+from pretrain.jobs.progress import newest_state
+from pretrain.loop.state import total_rows
 
 
 def main(config: InspectTrainConfig) -> None:
@@ -28,9 +31,10 @@ def main(config: InspectTrainConfig) -> None:
     )
     order = train_order(config.data, manifest, config.run.seed)
     print_manifest(manifest, config.data.shards)
-    rows = config.total_steps * config.rows_per_step
+    # a run that is under way may have had steps of another size
+    state = newest_state(Path(config.run.dir), fingerprint=manifest.fingerprint)
     console = Console()
-    console.print(mixture_table(manifest, order, rows))
+    console.print(mixture_table(manifest, order, total_rows(config, state), read=state.rows))
     address = order.address(config.inspect.row)
     store = ShardStore(config.data, manifest, "train")
     stored = store.read(address.source, address.shard, address.row)
@@ -46,9 +50,10 @@ def main(config: InspectTrainConfig) -> None:
     store.close()
 
 
-def mixture_table(manifest: Manifest, order: Order, rows: int) -> Table:
-    """What a run of so many rows reads of each source, and how often over."""
-    table = Table(title=f"Mixture of {rows:,} rows", title_justify="left")
+def mixture_table(manifest: Manifest, order: Order, rows: int, *, read: int = 0) -> Table:
+    """What a run of so many rows reads of each source, and how often over; `read`: rows so far."""
+    so_far = f", {read:,} of them so far" if read else ""
+    table = Table(title=f"Mixture of {rows:,} rows{so_far}", title_justify="left")
     table.add_column("source")
     for name in ("share", "rows", "rows there are", "epochs"):
         table.add_column(name, justify="right")

@@ -23,6 +23,7 @@ class Prefetch:
     def __init__(self, store: ShardStore) -> None:
         self._store = store
         self._wanted: deque[tuple[int, int]] = deque()
+        self._at_hand: dict[tuple[int, int], None] = {}
         self._has_work = threading.Condition()
         self._is_over = False
 
@@ -42,10 +43,15 @@ class Prefetch:
             self._has_work.notify()
 
     def want(self, addresses: npt.NDArray[np.int64]) -> None:
-        """Rows to come, [rows, 4]: source, epoch, shard, row."""
+        """Rows to come after those of the last call, [rows, 4]: source, epoch, shard, row.
+
+        Called by whoever reads the rows: files that neither need are closed.
+        """
         if not self._store.is_remote:
             return
         shards = dict.fromkeys((source, shard) for source, _, shard, _ in addresses.tolist())
+        self._store.close_all_but(self._at_hand.keys() | shards.keys())
+        self._at_hand = shards
         with self._has_work:
             self._wanted.extend(shards)
             self._has_work.notify()

@@ -4,10 +4,13 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any
 
 import fsspec
+from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
@@ -107,24 +110,29 @@ def _read_file(part: Part, config: DataConfig) -> Iterator[Document]:
     path = f"{root}/{part.path}"
     reader = reader_of(path)
     assert reader is not None, f"find_parts admits no {path}"
-    try:
-        file = system.open(path, "rb")
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; the corpus lost a file.") from error
-    # what stores raise, their libraries decide
-    errors = OSError if isinstance(system, LocalFileSystem) else Exception
-    try:
+    with _explained(system, f"{path} cannot be read", "try again, or copy it to another disk."):
+        try:
+            file = system.open(path, "rb")
+        except OSError as error:
+            said = error.strerror or error
+            raise DataError(f"{path}: {said}; the corpus lost a file.") from error
         with file:
             for record in reader(file, path, text_key):
                 name = f"{part.source}/{part.path}#{record.number}"
                 yield Document(name, record.text, record.messages)
+
+
+@contextmanager
+def _explained(system: Any, problem: str, remedy: str) -> Iterator[None]:
+    """What a disk or store raises, as a DataError."""
+    # what stores raise, their libraries decide
+    errors = OSError if isinstance(system, LocalFileSystem) else Exception
+    try:
+        yield
     except PretrainError:
         raise
     except errors as error:
-        raise DataError(
-            f"{path} cannot be read ({type(error).__name__}: {error}); try again, or copy it to "
-            "another disk."
-        ) from error
+        raise DataError(f"{problem} ({type(error).__name__}: {error}); {remedy}") from error
 
 
 def _open_root(config: DataConfig) -> tuple[Any, str]:
@@ -141,6 +149,12 @@ def _open_root(config: DataConfig) -> tuple[Any, str]:
 def _list_files(config: DataConfig) -> dict[str, int]:
     """Bytes of every file below the root, by relative path; hidden files and folders are not."""
     system, root = _open_root(config)
+    remedy = "look at that disk, or at the store's name, this node's keys and the network."
+    with _explained(system, f"data.root={config.root} cannot be listed", remedy):
+        return _sizes(config, system, root)
+
+
+def _sizes(config: DataConfig, system: Any, root: str) -> dict[str, int]:
     if not system.isdir(root):
         raise DataError(f"data.root={config.root} is no folder; set it to the one with the text.")
     found = dict(sorted(_walk(system, root, root, [os.path.realpath(root)])))
@@ -164,7 +178,8 @@ def _walk(
     `walked`: where folders that were entered really are. Raises DataError if text would be read
     twice.
     """
-    for path, info in system.find(folder, detail=True).items():
+    # in an order that no disk decides: of two links to one folder the first is read
+    for path, info in sorted(_find(system, folder), key=itemgetter(0)):
         name = path[len(root) + 1 :]
         if _is_hidden(name):
             continue
@@ -182,6 +197,32 @@ def _walk(
             )
         walked.append(target)
         yield from _walk(system, root, path, walked)
+
+
+def _find(system: Any, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Files below a folder and what is known of each; links are not followed.
+
+    Raises what the file system raises, where its own `find` takes a folder that has an error for
+    an empty one. Those of a disk that are another user's, such as lost+found, are left out.
+    """
+    if isinstance(system, AsyncFileSystem) and type(system)._find is not AsyncFileSystem._find:
+        # an object store: it has no folders, and lists all objects at once
+        yield from system.find(folder, detail=True).items()
+        return
+    try:
+        listing = system.ls(folder, detail=True)
+    except PermissionError as error:
+        # of a store it says that keys are wrong
+        if not isinstance(system, LocalFileSystem):
+            raise
+        log.warning("left out %s: %s", folder, error.strerror or error)
+        return
+    for info in listing:
+        path = info["name"].rstrip("/")
+        if info["type"] != "directory" or path == folder:
+            yield path, info
+        elif not _is_hidden(path.rsplit("/", maxsplit=1)[-1]):
+            yield from _find(system, path)
 
 
 def _is_below(path: str, folder: str) -> bool:

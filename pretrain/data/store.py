@@ -2,7 +2,7 @@
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from urllib.parse import quote
 
@@ -276,11 +276,17 @@ class ShardStore:
                 config.window_shards,
             )
 
+    def close_all_but(self, kept: Set[tuple[int, int]]) -> None:
+        """Give the file descriptors of all shards but these back; the next read opens again.
+
+        A copy that leaves the cache takes its room on the disk as long as somebody has it open.
+        """
+        for place in self._open.keys() - kept:
+            self._open.pop(place).close()
+
     def close(self) -> None:
         """Give all file descriptors back."""
-        for reader in self._open.values():
-            reader.close()
-        self._open.clear()
+        self.close_all_but(frozenset())
 
     def _finder(self, shard: ShardManifest) -> Callable[[], Path]:
         if self._cache is None:

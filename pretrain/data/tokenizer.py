@@ -8,6 +8,7 @@ weights. `Tokenizer.load` tells them apart by tokenizer_info.json.
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -170,7 +171,8 @@ def write_folder(path: str | Path, files: dict[str, bytes], info: dict[str, Any]
     Raises DataError if the folder is there already or cannot be written.
     """
     folder = Path(path)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    # processes of several nodes may write at once, and have the same number
+    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
     content = {**files, INFO_FILE: json.dumps(info, indent=2, sort_keys=True).encode()}
     try:
         partial.mkdir(parents=True)
@@ -192,7 +194,8 @@ def write_folder(path: str | Path, files: dict[str, bytes], info: dict[str, Any]
 def main(config: TrainConfig) -> None:
     """Train the tokenizer of a configuration, or say that it is there.
 
-    Raises DataError if tokenizer.path holds one that was trained with other settings.
+    Several jobs may do it at once: the first to finish counts, the others find it there. Raises
+    DataError if tokenizer.path holds one that was trained with other settings.
     """
     # whoever only uses a tokenizer needs none of the readers of raw text
     from pretrain.data.tokenizer_sentencepiece import SentencePieceTokenizer
@@ -200,24 +203,39 @@ def main(config: TrainConfig) -> None:
 
     folder = Path(config.tokenizer.path)
     settings = training_settings(config.tokenizer, config.data)
-    if folder.is_dir() and any(folder.iterdir()):
-        tokenizer, info = Tokenizer.load(folder), read_info(folder)
-        is_adopted = "settings" not in info
-        if not is_adopted:
-            _check_settings(settings, info["settings"], folder)
-        trained = "trained before; for other text choose another tokenizer.path or data.name"
-        made = "adopted with the weights" if is_adopted else trained
-        print(f"tokenizer {folder}: {tokenizer.vocabulary_size} pieces, {made}")
+    if _is_taken(folder):
+        _accept(folder, settings)
         return
     model, sample = train(config.tokenizer, config.data)
     tokenizer = SentencePieceTokenizer(model)
     info = describe(tokenizer, SENTENCEPIECE) | _describe_training(settings, sample)
-    write_folder(folder, {MAIN_FILES[SENTENCEPIECE]: model}, info)
+    try:
+        write_folder(folder, {MAIN_FILES[SENTENCEPIECE]: model}, info)
+    except DataError:
+        if not _is_taken(folder):
+            raise
+        _accept(folder, settings)
+        return
     ratio = _bytes_per_token(tokenizer, sample.probe)
     print(
         f"tokenizer {folder}: {tokenizer.vocabulary_size} pieces from {sample.bytes / 1e6:.1f} MB "
         f"in {sample.documents} documents, {ratio:.2f} bytes per token"
     )
+
+
+def _is_taken(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _accept(folder: Path, settings: dict[str, Any]) -> None:
+    """Say that the tokenizer is there. Raises DataError if it is another one than asked for."""
+    tokenizer, info = Tokenizer.load(folder), read_info(folder)
+    is_adopted = "settings" not in info
+    if not is_adopted:
+        _check_settings(settings, info["settings"], folder)
+    trained = "trained before; for other text choose another tokenizer.path or data.name"
+    made = "adopted with the weights" if is_adopted else trained
+    print(f"tokenizer {folder}: {tokenizer.vocabulary_size} pieces, {made}")
 
 
 def _check_settings(wanted: dict[str, Any], found: dict[str, Any], folder: Path) -> None:

@@ -5,6 +5,7 @@ with 1 if it is not; a chain's later jobs ask it before they occupy their nodes.
 """
 
 import json
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from pretrain.errors import CheckpointError
 from pretrain.loop.metrics import read_metrics
 from pretrain.loop.outcome import describe_last_steps
 from pretrain.loop.state import TrainState, last_step
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +54,7 @@ def read_progress(folder: Path, config: TrainConfig | None = None) -> Progress:
     Raises CheckpointError if it is no run folder, or its newest checkpoint cannot be read.
     """
     config = thaw(folder) if config is None else config
-    state = _newest_state(folder)
+    state = newest_state(folder)
     record = folder / "metrics.jsonl"
     records = read_metrics(record) if record.is_file() else []
     steps = [record for record in records if "loss/nats" in record]
@@ -66,20 +69,35 @@ def read_progress(folder: Path, config: TrainConfig | None = None) -> Progress:
     )
 
 
-def _newest_state(folder: Path) -> TrainState:
+def newest_state(folder: Path, *, fingerprint: str | None = None) -> TrainState:
+    """Counters of the newest checkpoint of the run in `folder`, all 0 if there is none.
+
+    All 0, too, if the run has trained on shards of another `fingerprint`: then it is another run
+    that has the folder. One that cannot be read is passed over, as training does; raises
+    CheckpointError if none can.
+    """
     # names of committed folders are step- and ten or more digits; temporary ones have a suffix
     found = {
         int(path.parent.name.removeprefix("step-")): path
         for path in (folder / "checkpoints").glob("step-*/state.json")
         if path.parent.name.removeprefix("step-").isdigit()
     }
-    if not found:
-        return TrainState()
-    path = found[max(found)]
-    try:
-        return TrainState.from_dict(json.loads(path.read_text(encoding="utf-8"))["train"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error!r}.") from error
+    problem = None
+    for step in sorted(found, reverse=True):
+        try:
+            saved = json.loads(found[step].read_text(encoding="utf-8"))
+            state = TrainState.from_dict(saved["train"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            problem = f"{found[step]} cannot be read: {error!r}."
+            log.warning(problem)
+            continue
+        is_other = (
+            fingerprint is not None and saved.get("data_fingerprint", fingerprint) != fingerprint
+        )
+        return TrainState() if is_other else state
+    if problem is not None:
+        raise CheckpointError(problem)
+    return TrainState()
 
 
 if __name__ == "__main__":

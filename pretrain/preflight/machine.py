@@ -27,8 +27,10 @@ from pretrain.engine.memory import GIB, checkpoint_bytes, rank_memory
 from pretrain.engine.trial import take_trial_step
 from pretrain.engine.world import ALONE, join, leave
 from pretrain.errors import ConfigError, PretrainError
+from pretrain.jobs.progress import newest_state
 from pretrain.loop.beginning import check_can_begin
 from pretrain.loop.config import WandbMode
+from pretrain.loop.state import total_rows
 from pretrain.loop.wandb_sink import choose_mode
 from pretrain.model.config import ComputePath
 from pretrain.paths import config_source
@@ -193,11 +195,12 @@ def check_data(config: TrainConfig) -> Iterator[Finding]:
         check_tokenizer(
             manifest, vocabulary_size=config.model.vocabulary_size, tokenizer_sha256=sha256
         )
+        state = newest_state(Path(config.run.dir), fingerprint=manifest.fingerprint)
     except PretrainError as error:
         yield Finding(Status.missing, "shards", str(error), error=type(error))
         return
     tokens = sum(source.totals("train").tokens for source in manifest.sources)
-    passes = config.total_tokens / max(tokens, 1)
+    passes = total_rows(config, state) * config.model.context / max(tokens, 1)
     yield Finding(
         Status.ok,
         "shards",

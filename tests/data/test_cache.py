@@ -1,5 +1,7 @@
 """Remote shards are copied once, whole and verified, by a real HTTP server and real processes."""
 
+import errno
+import fcntl
 import hashlib
 import http.server
 import multiprocessing
@@ -173,6 +175,17 @@ def test_a_folder_that_cannot_be_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"data\.cache=.*/file: Not a directory on "):
         ShardCache(tmp_path / "file", 1_000)
+
+
+def test_a_folder_without_locks_is_refused(tmp_path, monkeypatch):
+    """The answer of a shared file system that is mounted without them."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(ConfigError, match=r"cache: Function not implemented on .* has file locks"):
+        cache_in(tmp_path)
 
 
 def test_what_a_killed_download_left_is_cleared_away(server, tmp_path):

@@ -6,8 +6,12 @@ import json
 import logging
 import os
 import pickle
+import socket
+import struct
+import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -111,8 +115,14 @@ def web_server(corpus: Path) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    handler = partial(Handler, directory=str(corpus))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    with served(Handler, corpus) as url:
+        yield url
+
+
+@contextmanager
+def served(handler: type[http.server.SimpleHTTPRequestHandler], folder: Path) -> Iterator[str]:
+    place = partial(handler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), place) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -129,6 +139,62 @@ def test_a_web_server_is_read_like_a_folder(corpus: Path, web_server: str) -> No
     assert sizes == expected
 
 
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(corpus: Path) -> None:
+    """As on a disk or file server that has an error; here, its path is longer than Linux takes."""
+    folder = os.open(corpus, os.O_RDONLY)
+    for _ in range(20):
+        os.mkdir("d" * 250, dir_fd=folder)
+        below = os.open("d" * 250, os.O_RDONLY, dir_fd=folder)
+        os.close(folder)
+        folder = below
+    os.close(os.open("lost.txt", os.O_CREAT, dir_fd=folder))
+    os.close(folder)
+    with pytest.raises(
+        DataError, match=rf"data\.root={corpus} cannot be listed \(OSError: .*File name"
+    ):
+        find_parts(files_config(corpus))
+
+
+def test_a_folder_that_this_user_may_not_list_is_left_out_aloud(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    user = os.geteuid()
+    # pytest's own folders are for one user
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        (root / "lost+found").mkdir(mode=0)
+        (root / "prose").mkdir()
+        (root / "prose/a.txt").write_text("a")
+        root.chmod(0o755)
+        try:
+            os.seteuid(65534 if user == 0 else user)
+            assert list(find_parts(files_config(root))) == ["prose"]
+        finally:
+            os.seteuid(user)
+        (root / "lost+found").chmod(0o700)
+    assert f"left out {root}/lost+found: Permission denied" in caplog.text
+
+
+def test_a_web_server_that_hangs_up_is_not_taken_for_an_empty_one(corpus: Path) -> None:
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path != "/prose/":
+                super().do_GET()
+                return
+            # a reset, not an end
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with (
+        served(Handler, corpus) as url,
+        pytest.raises(DataError, match=r"data\.root=http.* cannot be listed \(Client"),
+    ):
+        find_parts(files_config(url))
+
+
 def test_links_are_followed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Of files and of folders, wherever those lie; hidden ones are not."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
@@ -141,6 +207,29 @@ def test_links_are_followed(corpus: Path, tmp_path_factory: pytest.TempPathFacto
     found = {name: [d.text for d in own] for name, own in read_all(files_config(corpus)).items()}
     assert found == {"code": ["x = 1\n", "y = 2\n"], "linked": ["e", "f"],
                      "prose": ["a", "b", "c", "f"]}  # fmt: skip
+
+
+@pytest.mark.parametrize("is_reversed", [False, True])
+def test_of_links_to_one_folder_the_first_by_name_is_read(
+    corpus: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    is_reversed: bool,
+) -> None:
+    """In whichever order a disk lists them."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "e.txt").write_text("e")
+    for number in range(3):
+        (corpus / f"link-{number}").symlink_to(elsewhere)
+    scan = os.scandir
+
+    @contextmanager
+    def scan_in_order(path: str) -> Iterator[list[os.DirEntry[str]]]:
+        with scan(path) as entries:
+            yield sorted(entries, key=lambda entry: entry.name, reverse=is_reversed)
+
+    monkeypatch.setattr(os, "scandir", scan_in_order)
+    assert sorted(find_parts(files_config(corpus))) == ["code", "link-0", "prose"]
 
 
 @pytest.mark.parametrize("target", [".", "code", "../{corpus}/prose"])

@@ -1,16 +1,17 @@
 """The tokenizer: exact round trips, fixed special ids, training that says what is wrong."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pretrain.config import TrainConfig
-from pretrain.data import tokenizer_sentencepiece
+from pretrain.data import tokenizer_sentencepiece, tokenizer_training
 from pretrain.data.config import Corpus, DataConfig, SourceConfig, TokenizerConfig
 from pretrain.data.special_ids import SpecialIds, special_ids, special_names
 from pretrain.data.tokenizer import (
@@ -263,6 +264,31 @@ def test_the_command_trains_once(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (tmp_path / "tokenizer/tokenizer.model").stat().st_mtime_ns == stamp
     assert Tokenizer.load(config.tokenizer.path).sha256 == SentencePieceTokenizer(model).sha256
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_of_jobs_that_train_at_once_the_first_to_finish_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, rival = command_config(tmp_path), command_config(tmp_path)
+
+    def train_slowly(*arguments: Any) -> Any:
+        trained = train(*arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(tokenizer_training, "train", train)
+            main(rival)
+        return trained
+
+    monkeypatch.setattr(tokenizer_training, "train", train_slowly)
+    main(config)
+    first, second = capsys.readouterr().out.splitlines()
+    assert "400 pieces from" in first
+    assert "400 pieces, trained before" in second
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    # but not if it is another one
+    shutil.rmtree(config.tokenizer.path)
+    rival.tokenizer.vocabulary_size = 420
+    with pytest.raises(DataError, match=r"tokenizer\.vocabulary_size: 420 there, 400 now"):
+        main(config)
 
 
 def test_the_command_refuses_a_tokenizer_of_other_settings(tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from conftest import SMALL, run_cli
 from pretrain.compose import load, write_frozen
-from pretrain.errors import ConfigError
+from pretrain.errors import CheckpointError, ConfigError
 from pretrain.jobs import sweeps
 from pretrain.jobs.progress import read_progress
 from pretrain.jobs.queue import Queued
@@ -68,6 +69,14 @@ def test_progress_is_that_of_the_newest_whole_checkpoint(tmp_path: Path) -> None
     assert (progress.step, progress.loss_nats, progress.held_out_nats) == (4, 5.5, 5.25)
     longer = load("train", [*SMALL, "run.steps=4"])
     assert read_progress(run, longer).is_finished
+    # training passes over one that is damaged, too
+    damaged = run / "checkpoints/step-0000000006/state.json"
+    damaged.parent.mkdir()
+    damaged.write_bytes(b"\0" * 9)
+    assert read_progress(run).saved_step == 4
+    shutil.rmtree(run / "checkpoints/step-0000000004")
+    with pytest.raises(CheckpointError, match=r"step-0000000006/state\.json cannot be read"):
+        read_progress(run)
 
 
 @pytest.mark.parametrize(
