@@ -4,10 +4,12 @@ import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pytest
@@ -73,18 +75,25 @@ def test_each_step_says_where_its_time_tokens_and_gradient_went(finished: Path) 
         if parts:
             assert sum(parts) ** 0.5 == pytest.approx(record["gradient/norm"], rel=1e-4)
         assert not any(key.startswith("gpu/") for key in record)
-    # a process that is alone computes most of the time, however busy the machine is
-    computing_s = [record["time/forward_s"] + record["time/backward_s"] for record in steps]
-    assert sum(computing_s) > 0.25 * sum(record["speed/step_s"] for record in steps)
+    # a process that is alone computes most of the time, however busy the machine is; of six steps,
+    # so that neither the reader's start in the first one nor a pause in another one decides
+    shares = [
+        (record["time/forward_s"] + record["time/backward_s"]) / record["speed/step_s"]
+        for record in steps
+    ]
+    assert statistics.median(shares) > 0.25
     assert steps[-1]["progress/left_s"] == 0 < steps[0]["progress/left_s"]
     epochs = [record["data/epochs_prose"] for record in steps]
     assert epochs == sorted(epochs)
     assert 0 < epochs[0] < epochs[-1]
-    # of the time since the run began, what was in steps: less than all, and then ever more
-    counted_s = sum(record["speed/step_s"] for record in steps)
+    # of the time since the run began, what was in steps; so it says how long ago the run began,
+    # which a step makes longer by itself at least (the wall clock may be slowed by 0.05 %)
+    counted_s = list(accumulate(record["speed/step_s"] for record in steps))
+    ages_s = [s / r["progress/goodput"] for s, r in zip(counted_s, steps, strict=True)]
     latest_s = (finished / "metrics.jsonl").stat().st_mtime - began_s
-    assert counted_s / latest_s <= steps[-1]["progress/goodput"] < 1
-    assert steps[0]["progress/goodput"] < steps[-1]["progress/goodput"]
+    assert counted_s[-1] < ages_s[-1] <= latest_s
+    for record, (before_s, age_s) in zip(steps, pairwise([0.0, *ages_s]), strict=True):
+        assert age_s - before_s > 0.999 * record["speed/step_s"]
 
 
 def test_a_finished_run_does_not_start_over(workspace: Path, finished: Path) -> None:
