@@ -49,7 +49,7 @@ def write_text(root: Path) -> None:
 
 
 def run_cli(
-    cwd: Path, *arguments: str, timeout_s: float = 120, **environment: str
+    cwd: Path, *arguments: str, timeout_s: float = 300, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run the command `pretrain` in `cwd` as a person would, and return what it said."""
     return subprocess.run(

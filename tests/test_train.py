@@ -130,7 +130,7 @@ def kill_after(workspace: Path, name: str, step: int) -> None:
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     metrics = workspace / f"out/runs/{name}/metrics.jsonl"
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     try:
         while not (metrics.exists() and f'"step":{step},' in metrics.read_text()):
             assert process.poll() is None, f"{name} ended before step {step}"
@@ -165,13 +165,13 @@ def test_a_signal_saves_and_asks_to_be_requeued(
         cwd=workspace, env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while not (run_dir / "metrics.jsonl").exists() or not read_steps(run_dir):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(number)
-    assert process.wait(timeout=60) == 75
+    assert process.wait(timeout=240) == 75
     record = json.loads((run_dir / "requeue.json").read_text())
     newest = (run_dir / "checkpoints/latest").read_text().strip()
     assert newest == f"step-{record['step']:010d}"
@@ -191,7 +191,7 @@ def test_ranks_share_the_work_without_changing_it(workspace: Path, finished: Pat
         ]  # fmt: skip
         done = subprocess.run(
             command, cwd=workspace, env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True, text=True, timeout=200, check=False,
+            capture_output=True, text=True, timeout=400, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         steps = read_steps(workspace / "out/runs" / name)
@@ -209,7 +209,7 @@ def test_a_run_on_two_ranks_resumes_on_one(workspace: Path, finished: Path) -> N
         "-m", "pretrain", "train", *SMALL, f"run.name={name}", "run.steps=4",
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=workspace, env=environment, timeout=200, check=True)
+    subprocess.run(command, cwd=workspace, env=environment, timeout=400, check=True)
     done = train(workspace, name, "engine.zero_stage=2")
     assert done.returncode == 0, done.stderr
     steps = read_steps(workspace / "out/runs" / name)
@@ -233,7 +233,7 @@ def test_ranks_with_other_shards_do_not_train_together(workspace: Path, tmp_path
         cwd=workspace, output=tmp_path / "said", before=partial(_put_rank_1, there),
     )  # fmt: skip
     for process in processes:
-        process.join(120)
+        process.join(240)
     assert [process.exitcode for process in processes] == [65, 65]
     for rank in range(2):
         assert (
