@@ -145,7 +145,7 @@ def _command(
 
 def _places(ranks: int) -> list[dict[str, str]]:
     """The variables of a launcher for each rank, on a port that is free."""
-    port = _free_port()
+    port = free_port()
     return [
         {
             "RANK": str(rank),
@@ -159,10 +159,10 @@ def _places(ranks: int) -> list[dict[str, str]]:
     ]
 
 
-def _free_port() -> int:
+def free_port(first: int = FIRST_PORT, ports: int = NUM_PORTS) -> int:
     """A port that nobody listens on, and that no connection is given by the kernel meanwhile."""
     while True:
-        port = FIRST_PORT + secrets.randbelow(NUM_PORTS)
+        port = first + secrets.randbelow(ports)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port

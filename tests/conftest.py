@@ -9,6 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example or drawing it takes says how busy this machine is: pytest's limit is enough.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 SMALL = [
     "data=files", "data.name=small", "data.root=text",
@@ -44,7 +49,7 @@ def write_text(root: Path) -> None:
 
 
 def run_cli(
-    cwd: Path, *arguments: str, timeout_s: float = 120, **environment: str
+    cwd: Path, *arguments: str, timeout_s: float = 300, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run the command `pretrain` in `cwd` as a person would, and return what it said."""
     return subprocess.run(

@@ -127,7 +127,7 @@ def test_a_reader_that_leaves_early_gets_no_traceback(tmp_path: Path) -> None:
     # gone long before the interpreter has started
     command = f"{sys.executable} -m pretrain train --help | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(
-        ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert done.stdout == "141\n"
     assert done.stderr == ""

@@ -4,10 +4,12 @@ import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pytest
@@ -73,18 +75,25 @@ def test_each_step_says_where_its_time_tokens_and_gradient_went(finished: Path) 
         if parts:
             assert sum(parts) ** 0.5 == pytest.approx(record["gradient/norm"], rel=1e-4)
         assert not any(key.startswith("gpu/") for key in record)
-    # a process that is alone computes most of the time, however busy the machine is
-    computing_s = [record["time/forward_s"] + record["time/backward_s"] for record in steps]
-    assert sum(computing_s) > 0.25 * sum(record["speed/step_s"] for record in steps)
+    # a process that is alone computes most of the time, however busy the machine is; of six steps,
+    # so that neither the reader's start in the first one nor a pause in another one decides
+    shares = [
+        (record["time/forward_s"] + record["time/backward_s"]) / record["speed/step_s"]
+        for record in steps
+    ]
+    assert statistics.median(shares) > 0.25
     assert steps[-1]["progress/left_s"] == 0 < steps[0]["progress/left_s"]
     epochs = [record["data/epochs_prose"] for record in steps]
     assert epochs == sorted(epochs)
     assert 0 < epochs[0] < epochs[-1]
-    # of the time since the run began, what was in steps: less than all, and then ever more
-    counted_s = sum(record["speed/step_s"] for record in steps)
+    # of the time since the run began, what was in steps; so it says how long ago the run began,
+    # which a step makes longer by itself at least (the wall clock may be slowed by 0.05 %)
+    counted_s = list(accumulate(record["speed/step_s"] for record in steps))
+    ages_s = [s / r["progress/goodput"] for s, r in zip(counted_s, steps, strict=True)]
     latest_s = (finished / "metrics.jsonl").stat().st_mtime - began_s
-    assert counted_s / latest_s <= steps[-1]["progress/goodput"] < 1
-    assert steps[0]["progress/goodput"] < steps[-1]["progress/goodput"]
+    assert counted_s[-1] < ages_s[-1] <= latest_s
+    for record, (before_s, age_s) in zip(steps, pairwise([0.0, *ages_s]), strict=True):
+        assert age_s - before_s > 0.999 * record["speed/step_s"]
 
 
 def test_a_finished_run_does_not_start_over(workspace: Path, finished: Path) -> None:
@@ -121,7 +130,7 @@ def kill_after(workspace: Path, name: str, step: int) -> None:
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     metrics = workspace / f"out/runs/{name}/metrics.jsonl"
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     try:
         while not (metrics.exists() and f'"step":{step},' in metrics.read_text()):
             assert process.poll() is None, f"{name} ended before step {step}"
@@ -156,13 +165,13 @@ def test_a_signal_saves_and_asks_to_be_requeued(
         cwd=workspace, env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while not (run_dir / "metrics.jsonl").exists() or not read_steps(run_dir):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(number)
-    assert process.wait(timeout=60) == 75
+    assert process.wait(timeout=240) == 75
     record = json.loads((run_dir / "requeue.json").read_text())
     newest = (run_dir / "checkpoints/latest").read_text().strip()
     assert newest == f"step-{record['step']:010d}"
@@ -182,7 +191,7 @@ def test_ranks_share_the_work_without_changing_it(workspace: Path, finished: Pat
         ]  # fmt: skip
         done = subprocess.run(
             command, cwd=workspace, env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True, text=True, timeout=200, check=False,
+            capture_output=True, text=True, timeout=400, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         steps = read_steps(workspace / "out/runs" / name)
@@ -200,7 +209,7 @@ def test_a_run_on_two_ranks_resumes_on_one(workspace: Path, finished: Path) -> N
         "-m", "pretrain", "train", *SMALL, f"run.name={name}", "run.steps=4",
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=workspace, env=environment, timeout=200, check=True)
+    subprocess.run(command, cwd=workspace, env=environment, timeout=400, check=True)
     done = train(workspace, name, "engine.zero_stage=2")
     assert done.returncode == 0, done.stderr
     steps = read_steps(workspace / "out/runs" / name)
@@ -224,7 +233,7 @@ def test_ranks_with_other_shards_do_not_train_together(workspace: Path, tmp_path
         cwd=workspace, output=tmp_path / "said", before=partial(_put_rank_1, there),
     )  # fmt: skip
     for process in processes:
-        process.join(120)
+        process.join(240)
     assert [process.exitcode for process in processes] == [65, 65]
     for rank in range(2):
         assert (

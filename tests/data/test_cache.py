@@ -214,7 +214,7 @@ def test_processes_of_a_node_download_once(server, tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(30)
+        process.join(120)
     assert [process.exitcode for process in processes] == [0] * 4
     assert server.requested == ["/a.tar"]
 

@@ -107,7 +107,10 @@ def test_addresses_are_quick_at_full_scale():
         {f"source-{i}": [8192] * 2200 for i in range(11)}, [1.0] * 11, seed=0, window_shards=16
     )
     order.addresses(np.arange(10))
-    started = time.process_time()
-    order.addresses(np.arange(100_000_000, 100_000_000 + 20_000))
-    # 50,000 a second are enough for a rank; a slow machine under load still makes them
-    assert time.process_time() - started < 0.4
+    took = []
+    for first in (100_000_000, 100_100_000, 100_200_000):
+        started = time.thread_time()
+        order.addresses(np.arange(first, first + 20_000))
+        took.append(time.thread_time() - started)
+    # 50,000 a second are enough for a rank; the least, since garbage may be collected in between
+    assert min(took) < 0.4

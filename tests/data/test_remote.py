@@ -279,7 +279,7 @@ def test_shards_are_fetched_before_their_rows_are_read(make_shards, monkeypatch)
         stream = stream_batches(config, seed=3, first_row=0, rows_per_step=1, rank=0, ranks=1)
         # shards of 12 rows, of which 8 are addressed at once: rows 8 to 15 begin another shard
         next(stream)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while len(shards := set(server.requested) - {"/manifest.json"}) < 2:  # type: ignore[attr-defined]
             assert time.monotonic() < deadline, shards
             time.sleep(0.01)

@@ -24,7 +24,6 @@ def check(cases: list[dict[str, object]], *, timeout_s: float) -> None:
         assert invalidated == 0, f"{case}: {invalidated} traces"
 
 
-@pytest.mark.timeout(600)
 def test_every_pair_of_settings_equals_one_plain_process() -> None:
     cases = MATRIX.pairwise(MATRIX.ALL)
     assert {case["stage"] for case in cases} == {1, 2, 3}

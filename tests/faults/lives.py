@@ -51,7 +51,7 @@ class Life:
             process.kill()
             process.join()
 
-    def wait(self, timeout_s: float = 120.0) -> list[int]:
+    def wait(self, timeout_s: float = 240.0) -> list[int]:
         """Exit codes, by rank; a signal's number is negative. Fails if one does not end."""
         deadline = time.monotonic() + timeout_s
         for process in self.processes:
@@ -60,7 +60,7 @@ class Life:
         assert None not in codes, f"not ended after {timeout_s} s: {codes}\n{self.said()}"
         return [int(code) for code in codes if code is not None]
 
-    def until(self, condition: Callable[[], bool], timeout_s: float = 90.0) -> None:
+    def until(self, condition: Callable[[], bool], timeout_s: float = 240.0) -> None:
         """Wait for something that the run must do while it lives."""
         deadline = time.monotonic() + timeout_s
         while not condition():
@@ -98,7 +98,7 @@ def finish(
     name: str,
     *overrides: str,
     ranks: int = 1,
-    timeout_s: float = 120.0,
+    timeout_s: float = 240.0,
     before: Callable[[], None] | None = None,
 ) -> Path:
     """The last life of a run: to its end."""

@@ -254,7 +254,7 @@ def test_no_file_is_ever_unpickled(broken: Path, tmp_path: Path, what: str) -> N
             (process,) = start_commands(
                 1, [*command, "run.dir=out/runs/run"], cwd=copy, output=copy / "said"
             )
-            process.join(60)
+            process.join(240)
             assert process.exitcode in (0, 64, 65), (copy / "said/0.txt").read_text()
             assert not marker.exists(), f"{what}: {make.__name__} was executed by {command[0]}"
     # the bombs are live
@@ -281,11 +281,12 @@ def test_no_yaml_calls_anything(broken: Path) -> None:
 def test_a_hostile_tar_is_not_unpacked(broken: Path) -> None:
     path = next((broken / "out/data").rglob("prose/train-000000.tar"))
     size = path.stat().st_size
+    outside = broken.parent / "outside"
     with tarfile.open(path, "w") as tar:
         for name, kind in (
             ("../../escaped", tarfile.REGTYPE),
-            ("/tmp/escaped", tarfile.REGTYPE),
-            ("/tmp/link", tarfile.SYMTYPE),
+            (f"{outside}/escaped", tarfile.REGTYPE),
+            (f"{outside}/link", tarfile.SYMTYPE),
             ("device", tarfile.CHRTYPE),
         ):
             member = tarfile.TarInfo(name)
@@ -296,8 +297,8 @@ def test_a_hostile_tar_is_not_unpacked(broken: Path) -> None:
     done = run_cli(broken, "train", "run.dir=out/runs/run", "run.steps=40")
     assert done.returncode == 65, done.stderr
     assert "damaged" in done.stderr
-    for path in (broken / "out/escaped", broken / "escaped", Path("/tmp/escaped")):
-        assert not path.exists()
+    assert not list(broken.rglob("escaped"))
+    assert not outside.exists()
 
 
 @row(

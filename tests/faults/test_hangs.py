@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from lives import Life, check_same, finish, row
+from lives import Life, check_same, finish, read_steps, row
 
 from pretrain.errors import EXIT_STALLED
 
@@ -31,9 +31,10 @@ def test_a_rank_that_is_stopped_is_named_and_the_others_end(
         started = time.monotonic()
         others = [p for rank, p in enumerate(life.processes) if rank != stopped]
         for process in others:
-            process.join(30)
+            process.join(120)
         assert [process.exitcode for process in others] == [EXIT_STALLED] * 2
-        assert time.monotonic() - started < 15
+        # far below the half hour after which a collective gives up
+        assert time.monotonic() - started < 60
         said = (life.run_dir / "stalls.jsonl").read_text()
         assert f"rank {stopped} " in said
         assert "silent" in said
@@ -54,12 +55,14 @@ def test_a_rank_that_waits_for_data_is_named_with_its_phase(
 ) -> None:
     """The reader of one rank is stopped: that rank waits for rows, the other for that rank."""
     name = "starved"
-    with Life(workspace, name, LIMIT, "data.loader_workers=1", ranks=2) as life:
+    # whose threads may miss their turn for a fifth of this before the rank counts as silent
+    limit = "guards.stall_s=6"
+    with Life(workspace, name, limit, "data.loader_workers=1", ranks=2) as life:
         life.until(lambda: life.has_step(3))
         (reader,) = children_of(life.processes[1].pid)
         os.kill(reader, signal.SIGSTOP)
         try:
-            assert life.wait(40) == [EXIT_STALLED] * 2
+            assert life.wait() == [EXIT_STALLED] * 2
         finally:
             os.kill(reader, signal.SIGKILL)
         said = (life.run_dir / "stalls.jsonl").read_text()
@@ -74,23 +77,21 @@ def children_of(pid: int) -> list[int]:
 
 
 @row(
-    "all ranks are stopped for less than the limit, four times",
+    "all ranks are stopped for less than the limit, six times, and for longer than it together",
     "no alarm",
 )
 def test_slow_is_not_still(workspace: Path, whole: Callable[[int], Path]) -> None:
     """Ranks that are stopped for shorter than the limit, over and over, raise no alarm."""
     name = "slow"
-    with Life(workspace, name, "guards.stall_s=3", ranks=2) as life:
-        life.until(lambda: life.has_step(2))
-        for _ in range(4):
+    with Life(workspace, name, "guards.stall_s=4", ranks=2) as life:
+        for _ in range(6):
+            seen = max(read_steps(life.run_dir), default=0)
+            life.until(lambda seen=seen: max(read_steps(life.run_dir), default=0) > seen)
             for process in life.processes:
-                if process.is_alive():
-                    os.kill(process.pid, signal.SIGSTOP)
-            time.sleep(0.5)
+                os.kill(process.pid, signal.SIGSTOP)
+            time.sleep(0.9)
             for process in life.processes:
-                if process.is_alive():
-                    os.kill(process.pid, signal.SIGCONT)
-            time.sleep(0.1)
+                os.kill(process.pid, signal.SIGCONT)
         assert life.wait() == [0, 0], life.said()
     assert not (life.run_dir / "stalls.jsonl").exists()
     check_same(life.run_dir, whole(2))

@@ -26,7 +26,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def run(workspace: Path, tmp_path: Path, command: str, *, kill_after_s: float | None) -> float:
-    """One life of a data command; how long it took, or -1 if it was killed."""
+    """One life of a data command; how long it took, or 0 if it was killed."""
     started = time.monotonic()
     (process,) = start_commands(
         1,
@@ -35,11 +35,11 @@ def run(workspace: Path, tmp_path: Path, command: str, *, kill_after_s: float | 
         cwd=workspace,
         output=tmp_path / "said",
     )  # fmt: skip
-    process.join(60 if kill_after_s is None else kill_after_s)
+    process.join(240 if kill_after_s is None else kill_after_s)
     if process.is_alive():
         process.kill()
         process.join()
-        return -1.0
+        return 0.0
     assert process.exitcode == 0, (tmp_path / "said/0.txt").read_text()
     return time.monotonic() - started
 
@@ -56,16 +56,21 @@ def test_kills_during_tokenizer_and_build_change_no_byte(workspace: Path, tmp_pa
     draw, killed = random.Random(0), 0
     for number in range(KILLS):
         folder = tmp_path / str(number)
-        for command, seconds in lasts.items():
-            for _ in range(2):
-                killed += (
-                    run(workspace, folder, command, kill_after_s=draw.uniform(0.1, seconds)) < 0
-                )
+        for command, seconds in list(lasts.items()):
+            for is_first in (True, False):
+                took_s = run(workspace, folder, command, kill_after_s=draw.uniform(0.1, seconds))
+                if not took_s:
+                    killed += 1
+                    continue
+                if is_first:
+                    # faster than the life that was measured: the machine was busier then
+                    lasts[command] = took_s
+                break
             run(workspace, folder, command, kill_after_s=None)
         for name in ("tokenizer", "shards"):
             assert hashes(folder / name) == hashes(whole / name)
     assert killed >= KILLS
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while (left := who_writes_below(tmp_path)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert left == []

@@ -38,7 +38,7 @@ def test_a_save_is_committed_before_the_run_pauses(workspace: Path) -> None:
 def test_a_run_pauses_saves_and_stops_as_files_ask(
     workspace: Path, whole: Callable[[int], Path]
 ) -> None:
-    rare = ("checkpoint.every_steps=1000", "guards.stall_s=2")
+    rare = ("checkpoint.every_steps=1000", "guards.stall_s=4")
     with Life(workspace, "asked", *rare, ranks=2) as life:
         folder = life.run_dir / "control"
         life.until(folder.is_dir)
@@ -47,7 +47,7 @@ def test_a_run_pauses_saves_and_stops_as_files_ask(
         paused_at = max(read_steps(life.run_dir))
         beat = (life.run_dir / "lock.json").stat().st_mtime_ns
         # longer than the watchdog's patience, by its own measure
-        time.sleep(4)
+        time.sleep(6)
         assert max(read_steps(life.run_dir)) == paused_at
         assert (life.run_dir / "lock.json").stat().st_mtime_ns > beat
         assert not (life.run_dir / "stalls.jsonl").exists()

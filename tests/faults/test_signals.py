@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from lives import GRACE_S, SETTING, Life, check_same, finish, read_steps, row
+from lives import SETTING, STEPS, Life, check_same, finish, read_steps, row
 
 pytestmark = pytest.mark.faults
 
@@ -33,10 +33,10 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
 
 
 def validating(run_dir: Path) -> bool:
-    """Whether step 3 is recorded and its validation is not."""
+    """Whether a step is recorded and its validation, every third step, is not; not the last one."""
+    due = sum(step % 3 == 0 for step in read_steps(run_dir) if step < STEPS)
     path = run_dir / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    return '"step":3,' in text and "validation/" not in text
+    return due > (path.read_text().count('"validation/depths"') if path.exists() else 0)
 
 
 MOMENTS = {
@@ -63,6 +63,13 @@ def test_a_signal_while_busy_is_obeyed_at_the_step_boundary(
     check_same(finish(workspace, name, ranks=2), whole(2))
 
 
+def stands_still(run_dir: Path) -> bool:
+    """Whether no step is taken for longer than any takes: what was read ahead is used up."""
+    before = max(read_steps(run_dir))
+    time.sleep(1.5)
+    return max(read_steps(run_dir)) == before
+
+
 @row("SIGTERM while a rank waits for data", "obeyed when the data comes; exit 75")
 def test_a_signal_while_waiting_for_data(workspace: Path, whole: Callable[[int], Path]) -> None:
     name = "signal-in-wait"
@@ -71,7 +78,7 @@ def test_a_signal_while_waiting_for_data(workspace: Path, whole: Callable[[int],
         pid = life.processes[0].pid
         (reader,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         os.kill(int(reader), signal.SIGSTOP)
-        time.sleep(0.5)
+        life.until(lambda: stands_still(life.run_dir))
         life.processes[0].terminate()
         time.sleep(0.3)
         assert life.processes[0].is_alive()
@@ -101,12 +108,12 @@ def test_a_time_limit_that_nears_during_the_start(
     place = {"PRETRAIN_PYTHON": sys.executable, "PRETRAIN_WORKDIR": str(workspace)}
     environment = os.environ | place | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=environment) as process:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
             assert time.monotonic() < deadline
             time.sleep(0.01)
         process.send_signal(signal.SIGUSR1)
-        assert process.wait(timeout=120) == 75
+        assert process.wait(timeout=240) == 75
     check_same(finish(workspace, name), whole(1))
 
 
@@ -120,8 +127,9 @@ def test_a_killed_rank_ends_the_others(
         life.until(lambda: life.has_step(5))
         life.processes[victim].kill()
         started = time.monotonic()
-        codes = life.wait(30)
-        assert time.monotonic() - started < 4 * GRACE_S
+        codes = life.wait()
+        # far below the half hour after which a collective gives up
+        assert time.monotonic() - started < 60
         assert codes[victim] == -signal.SIGKILL
         assert 0 not in codes
     check_same(finish(workspace, name, ranks=3), whole(3))
@@ -161,9 +169,12 @@ def test_two_live_jobs_do_not_share_a_folder(workspace: Path, whole: Callable[[i
     name = "contested"
     with Life(workspace, name) as first:
         first.until(lambda: first.has_step(2))
+        # so that it cannot have ended before the second one looks
+        (first.run_dir / "control/pause").touch()
         with Life(workspace, name) as second:
             assert second.wait() == [64]
             assert f"is in use by process {first.processes[0].pid}" in second.said()
+        (first.run_dir / "control/pause").unlink()
         assert first.wait() == [0]
     check_same(first.run_dir, whole(1))
 

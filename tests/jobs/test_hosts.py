@@ -13,7 +13,7 @@ from conftest import SMALL
 from pretrain.errors import EXIT_SAVED_ON_SIGNAL, ConfigError
 from pretrain.jobs.hosts import Host, Part, check_hosts, read_hostfile, ssh_command
 from pretrain.loop.metrics import read_metrics
-from pretrain.testing import tiny_config
+from pretrain.testing import free_port, tiny_config
 
 # What sshd does: one line for the user's shell. Every option of ours takes a value.
 SSH = """#!/bin/sh
@@ -79,11 +79,6 @@ def ssh(tmp_path: Path) -> dict[str, str]:
     return {"PATH": path, "SSH_HOSTS": str(tmp_path / "ssh-hosts"), "OMP_NUM_THREADS": "1"}
 
 
-def free_port() -> int:
-    # below the kernel's own range, as everywhere in these tests
-    return 12_000 + os.getpid() % 15_000
-
-
 def start(workspace: Path, tmp_path: Path, ssh: dict[str, str], steps: int) -> subprocess.Popen:
     (tmp_path / "hosts").write_text("127.0.0.1 slots=1\nlocalhost slots=1\n")
     return subprocess.Popen(
@@ -113,7 +108,7 @@ def test_two_hosts_train_one_run_and_save_when_told_to_stop(
         assert time.monotonic() < deadline, logs(run_dir)
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=240)
     assert process.returncode == EXIT_SAVED_ON_SIGNAL, output + logs(run_dir)
     assert set(Path(ssh["SSH_HOSTS"]).read_text().split()) == {"127.0.0.1", "localhost"}
     ranks = sorted(path.name for path in (run_dir / "logs").iterdir())

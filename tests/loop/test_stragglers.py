@@ -1,6 +1,7 @@
 """A slow rank is found by its time for equal work, not by its time."""
 
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def test_the_rank_that_is_slow_at_its_own_work_is_named() -> None:
     for rank, (found, said) in enumerate(outcomes):
         assert [bool(metrics) for metrics in found] == [False, False, False, True] * 2
         assert found[3]["ranks/slowest"] == 1
-        assert 1.5 < found[3]["ranks/slowest_ratio"] < 3
+        assert found[3]["ranks/slowest_ratio"] == pytest.approx(2)
         assert len(said) == (2 if rank == 0 else 0)
     assert "rank 1 on " in outcomes[0][1][0]
     assert "rank 2" not in outcomes[0][1][0]
@@ -52,7 +53,8 @@ def test_a_rank_that_is_slow_in_a_run_is_named_although_the_others_wait_for_it(
         ranks=2, before=slow_down_rank_1,
     )  # fmt: skip
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    found = [record for record in map(json.loads, lines) if "ranks/slowest" in record]
+    records = [record for record in map(json.loads, lines) if "loss/nats" in record]
+    found = [record for record in records if "ranks/slowest" in record]
     assert [record["step"] for record in found] == [2, 4]
     # the first steps also start what reads rows
     assert found[1]["ranks/slowest"] == 1
@@ -60,5 +62,10 @@ def test_a_rank_that_is_slow_in_a_run_is_named_although_the_others_wait_for_it(
     assert found[1]["ranks/slowest_ratio"] > 1.2
     if stage == 1:
         # two passes of 0.2 s more: one rank waits so long, half of it is above the mean
-        assert found[1]["time/wait_s"] > 0.15
-        assert found[1]["time/backward_s"] < found[1]["time/forward_s"]
+        # medians of the steps after the first: a pause of the machine may hit one of them
+        wait_s, forward_s, backward_s = (
+            statistics.median(record[f"time/{name}_s"] for record in records[1:])
+            for name in ("wait", "forward", "backward")
+        )
+        assert wait_s > 0.15
+        assert backward_s < forward_s

@@ -14,8 +14,11 @@ from pretrain.loop.sink import Alerts, message
 from pretrain.loop.tensorboard_sink import start_tensorboard
 
 ON = LoggingConfig(wandb=WandbMode.disabled, tensorboard=True)
-# Copying a record takes microseconds; a call that waited for anything would take far longer.
-QUICK_S = 0.5
+# Copying a record takes microseconds, and a busy machine may stop anybody for a second; a call that
+# waited for a process that is stopped or has to finish would wait for ever, or for FINISH_S.
+QUICK_S = 5.0
+# Importing the package alone takes seconds of a core.
+FINISH_S = 120.0
 
 
 def record(step):
@@ -40,11 +43,11 @@ def test_without_the_package_it_says_so_and_training_goes_on(tmp_path, caplog, m
 
 def test_points_lie_at_their_tokens_and_a_resume_takes_back_what_was_lost(tmp_path):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    first = start_tensorboard(ON, tmp_path, tokens=0, finish_s=120)
+    first = start_tensorboard(ON, tmp_path, tokens=0, finish_s=FINISH_S)
     for step in range(1, 41):
         first.send(message(record(step)))
     first.close()
-    second = start_tensorboard(ON, tmp_path, tokens=3000, finish_s=120)
+    second = start_tensorboard(ON, tmp_path, tokens=3000, finish_s=FINISH_S)
     second.send(message(record(31) | {"loss/nats": 1.0, "depth/histogram": [2, 3] + [0] * 11}))
     second.send(
         message(record(32) | {"validation/depths": [1, 8], "validation/loss_nats": [3.0, 2.0]})
@@ -80,10 +83,11 @@ def test_whatever_fails_costs_one_warning_and_no_time(tmp_path, caplog, monkeypa
         (tmp_path / "tensorboard").write_text("a file")
     with small_files(1 << 14 if fault == "full" else 1 << 40):
         # who hangs is not waited for; a full disk is seen when the file is closed
-        sink = start_tensorboard(ON, tmp_path, tokens=0, finish_s=0.5 if fault == "hangs" else 120)
+        finish_s = 0.5 if fault == "hangs" else FINISH_S
+        sink = start_tensorboard(ON, tmp_path, tokens=0, finish_s=finish_s)
     if fault in ("killed", "hangs"):
         os.kill(sink.process_id, signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
-        time.sleep(0.2)
+        os.waitid(os.P_PID, sink.process_id, os.WEXITED | os.WSTOPPED | os.WNOWAIT)
     slowest = 0.0
     for step in range(1, 2000):
         started = time.monotonic()

@@ -50,7 +50,7 @@ def test_a_rank_whose_interpreter_stands_still_is_silent(tmp_path: Path, keeper:
     """On rank 0 the store still answers then: it is served by another thread."""
     (tmp_path / "logs").mkdir()
     with pytest.raises(RanksError) as ended:
-        run_ranks(RANKS.one_keeps_the_interpreter, 2, tmp_path, keeper, timeout_s=30)
+        run_ranks(RANKS.one_keeps_the_interpreter, 2, tmp_path, keeper)
     assert f"rank {1 - keeper}: ended with code {EXIT_STALLED}" in str(ended.value)
     (line,) = (tmp_path / "stalls.jsonl").read_text().splitlines()
     said = json.loads(line)["verdict"]
@@ -62,7 +62,7 @@ def test_a_rank_whose_interpreter_stands_still_is_silent(tmp_path: Path, keeper:
 def test_a_disk_that_hangs_does_not_keep_a_stalled_rank(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     with pytest.raises(RanksError) as ended:
-        run_ranks(RANKS.one_cannot_write, 2, tmp_path, timeout_s=30)
+        run_ranks(RANKS.one_cannot_write, 2, tmp_path)
     for rank in range(2):
         assert f"rank {rank}: ended with code {EXIT_STALLED}" in str(ended.value)
     assert "rank 1 on " in (tmp_path / "stalls.jsonl").read_text()

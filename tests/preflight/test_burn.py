@@ -1,7 +1,5 @@
 """The speed of a device is that of its products, and wrong products are seen."""
 
-import time
-
 import pytest
 import torch
 
@@ -15,20 +13,31 @@ CPU = torch.device("cpu")
 MULTIPLY = torch.mm
 
 
+class Clock:
+    """Stands still but for products, of which the first, while a device warms up, take longer."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def multiply(self, *matrices: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        self.now += 4e-3 if self.now < 0.1 else 1e-3
+        return MULTIPLY(*matrices, out=out)
+
+
 def test_rate_is_operations_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr(torch, "mm", lambda *a, out: calls.append(1) or MULTIPLY(*a, out=out))
-    seen = []
-    begin = time.perf_counter()
-    (burnt,) = burn([CPU], 0.3, midway=lambda: seen.append(time.perf_counter() - begin))
-    seconds = time.perf_counter() - begin
+    clock, seen = Clock(), []
+    monkeypatch.setattr(burning, "time", clock)
+    monkeypatch.setattr(torch, "mm", clock.multiply)
+    (burnt,) = burn([CPU], 0.3, midway=lambda: seen.append(clock.now))
     assert burnt.is_exact
     (moment,) = seen
     assert moment >= 0.15
-    # all products over all the time; two thirds of both were timed, and another load may come
-    # and go meanwhile
-    overall = len(calls) * 2 * CPU_SIDE**3 / seconds / 1e12
-    assert overall / 4 < burnt.tflops < overall * 4
+    # the first third of the time does not count
+    assert burnt.tflops == pytest.approx(2 * CPU_SIDE**3 / 1e-3 / 1e12)
+    assert 0.3 <= clock.now < 0.3 + burning.BATCH * 1e-3
 
 
 def test_a_burn_shorter_than_a_batch_is_timed_all_the_same() -> None:
@@ -50,7 +59,8 @@ def test_a_device_that_computes_something_else_is_seen(monkeypatch: pytest.Monke
 def test_a_node_that_is_slow_for_real_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """It multiplies everything eight times."""
     monkeypatch.setattr(burning, "BATCH", 2)
-    rates = [burn([CPU], 0.2)[0].tflops]
+    # the best of three: what else runs here may take this core for most of one
+    rates = [max(burn([CPU], 0.2)[0].tflops for _ in range(3))]
     monkeypatch.setattr(torch, "mm", lambda *a, out: [MULTIPLY(*a, out=out) for _ in range(8)])
     rates.append(burn([CPU], 0.2)[0].tflops)
     verdicts = judge(

@@ -310,6 +310,6 @@ def test_the_command_needs_no_torch(make_run):
         f"assert _run(['top', 'run.dir={folder}', 'top.once=true']) == 0\n"
         "assert 'torch' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (folder / "report.html").read_text().startswith("<!doctype html>")

@@ -91,18 +91,22 @@ def test_passes_of_what_was_not_measured_are_refused():
         read_passes(RESULTS / "step.csv", one_gpu(), gpu="NVIDIA A100")
 
 
-def test_whole_steps_are_predicted_from_bare_passes_to_about_a_per_cent():
+@pytest.fixture(scope="module")
+def engine_runs():
+    """Rows of engine.csv, each with the seconds that are predicted: a quarter of a minute."""
+    return load_module(RESULTS.parent / "scaling.py").engine_runs()
+
+
+def test_whole_steps_are_predicted_from_bare_passes_to_about_a_per_cent(engine_runs):
     """Rows of engine.csv on one, two and four GPUs, by DeepSpeed's update and by ours.
 
     share_of_bare says what passes alone would have taken, with nobody waiting, by three fitted
     numbers.
     """
-    benchmark = load_module(RESULTS.parent / "scaling.py")
-    runs = benchmark.engine_runs()
-    assert {row["accumulation"] for row, _ in runs} == {"1", "4", "8"}
+    assert {row["accumulation"] for row, _ in engine_runs} == {"1", "4", "8"}
     several = set(itertools.product("24", "123"))
-    assert {(row["gpus"], row["zero"]) for row, _ in runs} == {("1", "1")} | several
-    for row, predicted_s in runs:
+    assert {(row["gpus"], row["zero"]) for row, _ in engine_runs} == {("1", "1")} | several
+    for row, predicted_s in engine_runs:
         seconds = float(row["seconds"])
         # DeepSpeed's own stage 3; and one card that is 2 % slower than the others
         is_apart = row["zero"] == "3" or row["cards"] == "3bbb500d"
@@ -111,12 +115,11 @@ def test_whole_steps_are_predicted_from_bare_passes_to_about_a_per_cent():
         assert float(row["share_of_bare"]) * seconds < predicted_s
 
 
-def test_an_update_of_today_does_not_explain_a_record_of_another():
+def test_an_update_of_today_does_not_explain_a_record_of_another(engine_runs):
     """3,715 tokens/s at one micro-step: DeepSpeed's bytes would be 3 % too slow."""
-    benchmark = load_module(RESULTS.parent / "scaling.py")
     [(row, predicted_s)] = [
         (row, predicted_s)
-        for row, predicted_s in benchmark.engine_runs()
+        for row, predicted_s in engine_runs
         if row["commit"] == "7934327" and row["accumulation"] == "1"
     ]
     config = one_gpu("batch.global_tokens=4096")

@@ -13,6 +13,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pretrain.testing import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("munged", "mungekey", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 NODES = ("node1", "node2", "node3", "node4")
@@ -147,7 +149,7 @@ class Slurm:
         shown = self.command("scontrol", "show", "job", "--oneliner", job_id)
         return dict(word.split("=", 1) for word in shown.split() if "=" in word)
 
-    def wait(self, job_id: str, *states: str, timeout_s: float = 60) -> dict[str, str]:
+    def wait(self, job_id: str, *states: str, timeout_s: float = 120) -> dict[str, str]:
         """Waits until the job is in one of the states; returns what is known about it."""
         deadline = time.monotonic() + timeout_s
         while (job := self.job(job_id))["JobState"] not in states:
@@ -210,7 +212,7 @@ def start_daemons(cluster: Slurm) -> None:
     wait_until(lambda: cluster.idle_nodes() == nodes, cluster)
 
 
-def wait_until(is_true, cluster: Slurm, timeout_s: float = 30) -> None:
+def wait_until(is_true, cluster: Slurm, timeout_s: float = 120) -> None:
     deadline = time.monotonic() + timeout_s
     while not is_true():
         logs = "".join(
@@ -222,11 +224,14 @@ def wait_until(is_true, cluster: Slurm, timeout_s: float = 30) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [server.getsockname()[1] for server in sockets]
-    for server in sockets:
-        server.close()
-    return ports
+    """Ports that nobody listens on, below those where ranks meet.
+
+    One that the kernel has chosen itself it may give to a connection before the daemon has it.
+    """
+    ports: set[int] = set()
+    while len(ports) < count:
+        ports.add(free_port(10_000, 2_000))
+    return list(ports)
 
 
 def find_program(name: str) -> str | None:
