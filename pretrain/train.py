@@ -162,7 +162,8 @@ def _life(config: TrainConfig, world: World, stop: StopSignals, lock: RunLock) -
     on_rank_0(world, lambda: begin_life(config, run_dir))
     if world.is_main:
         _warn_of_schedules(config, inputs.state)
-    lineage = Lineage(run_dir, world, first_step=inputs.state.step, fence=lock.refresh)
+    tags = config.checkpoint.tags
+    lineage = Lineage(run_dir, world, first_step=inputs.state.step, tags=tags, fence=lock.refresh)
     records: list[Record] = []
 
     def stalled() -> None:

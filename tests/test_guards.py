@@ -341,6 +341,21 @@ def test_a_checkpoint_that_is_there_may_be_tagged_later(workspace: Path) -> None
     assert read_tags(run_dir) == {"last": 8}
 
 
+def test_a_tag_that_a_submission_brings_is_as_new_as_one_of_the_command_line(
+    workspace: Path,
+) -> None:
+    """It stands in config.yaml before the life that has to write it begins."""
+    run_dir = workspace / "out/runs/tagged-from-afar"
+    done = run_cli(workspace, "train", *SMALL, f"run.dir={run_dir}", "run.steps=4")
+    assert done.returncode == 0, done.stderr
+    done = run_cli(
+        workspace, "submit", f"run.dir={run_dir}", "submit.to=host", "run.steps=6",
+        "+checkpoint.tags.good=2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert read_tags(run_dir) == {"good": 2}
+
+
 EVERY_STEP = {
     "due": ["checkpoint.every_steps=1"],
     "tagged": [f"+checkpoint.tags.of_{step}={step}" for step in range(1, 25)],

@@ -10,7 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,8 @@ class Life:
     ranks: int
     first_step: int
     """Steps that were taken before."""
+    tags: dict[str, int] = field(default_factory=dict)
+    """checkpoint.tags; older lines have none."""
     last_step: int | None = None
     """None if its end is unknown."""
     ended_s: float | None = None
@@ -62,9 +64,16 @@ class Lineage:
     """
 
     def __init__(
-        self, run_dir: Path, world: "World", *, first_step: int, fence: Callable[[], None]
+        self,
+        run_dir: Path,
+        world: "World",
+        *,
+        first_step: int,
+        tags: Mapping[str, int],
+        fence: Callable[[], None],
     ) -> None:
         self._run_dir, self._world, self._fence = run_dir, world, fence
+        self._tags = tags
         self._number, self._has_ended = 0, False
         self.first_step = self.last_step = first_step
         self.reason = UNKNOWN
@@ -84,6 +93,7 @@ class Lineage:
                 "nodes": nodes,
                 "ranks": self._world.size,
                 "first_step": self.first_step,
+                "tags": dict(self._tags),
             }
         )
         log.info(

@@ -4,11 +4,11 @@ import logging
 import time
 from pathlib import Path
 
-from pretrain.compose import thaw
 from pretrain.config import TrainConfig
 from pretrain.engine import commit
 from pretrain.engine.saving import Saved, prune_checkpoints
 from pretrain.errors import CheckpointError
+from pretrain.loop.lineage import read_lives
 from pretrain.loop.record import Record
 from pretrain.loop.spikes import first_bad_step
 from pretrain.loop.steps import Session, StepRecord
@@ -22,12 +22,13 @@ SKIPPED = "skipped"
 def tag_earlier(config: TrainConfig, *, reached: int) -> None:
     """Tag the checkpoints of steps that a run has taken, for the process that owns its folder.
 
-    Those whose tag is new to the run, and the one that it goes on from: the life before may have
-    died before it could. Any other tag that has gone was removed by hand.
+    Those whose tag the life before did not have, and the one that the run goes on from: that life
+    may have died before it could. Any other tag that has gone was removed by hand.
     """
     run_dir = Path(config.run.dir)
-    has_begun = (run_dir / "config.yaml").is_file()
-    known = thaw(run_dir).checkpoint.tags if has_begun else {}
+    # not config.yaml: `pretrain submit` writes new tags there before a life knows of them
+    lives = read_lives(run_dir)
+    known = lives[-1].tags if lives else {}
     there = {commit.step_of(folder): folder for folder in commit.committed(run_dir)}
     for tag, step in config.checkpoint.tags.items():
         is_new = known.get(tag) != step

@@ -23,7 +23,7 @@ def lose() -> None:
 
 
 def live(run_dir: Path, first: int, last: int, reason: str) -> None:
-    with Lineage(run_dir, MAIN, first_step=first, fence=keep) as lineage:
+    with Lineage(run_dir, MAIN, first_step=first, tags={}, fence=keep) as lineage:
         lineage.last_step = last
         lineage.reason = reason
 
@@ -48,27 +48,27 @@ def test_a_life_leaves_where_it_ran_how_far_it_came_and_why_it_ended(
 
 def test_an_error_is_named_and_a_death_is_unknown(tmp_path: Path) -> None:
     def lose_a_peer() -> None:
-        with Lineage(tmp_path, MAIN, first_step=3, fence=keep) as lineage:
+        with Lineage(tmp_path, MAIN, first_step=3, tags={}, fence=keep) as lineage:
             lineage.last_step = 4
             raise RuntimeError("a peer is gone")
 
     with pytest.raises(RuntimeError):
         lose_a_peer()
-    Lineage(tmp_path, MAIN, first_step=4, fence=keep).__enter__()
+    Lineage(tmp_path, MAIN, first_step=4, tags={}, fence=keep).__enter__()
     erred, died = read_lives(tmp_path)
     assert (erred.reason, erred.last_step) == ("RuntimeError", 4)
     assert (died.reason, died.last_step, died.ended_s) == ("unknown", None, None)
 
 
 def test_the_first_word_about_an_end_counts(tmp_path: Path) -> None:
-    with Lineage(tmp_path, MAIN, first_step=0, fence=keep) as lineage:
+    with Lineage(tmp_path, MAIN, first_step=0, tags={}, fence=keep) as lineage:
         lineage.end("stalled")
     assert [life.reason for life in read_lives(tmp_path)] == ["stalled"]
     assert len((tmp_path / "lineage.jsonl").read_text().splitlines()) == 2
 
 
 def test_an_orphan_writes_nothing_about_its_end(tmp_path: Path) -> None:
-    with Lineage(tmp_path, MAIN, first_step=0, fence=lose):
+    with Lineage(tmp_path, MAIN, first_step=0, tags={}, fence=lose):
         before = (tmp_path / "lineage.jsonl").read_bytes()
     assert (tmp_path / "lineage.jsonl").read_bytes() == before
 
@@ -76,7 +76,7 @@ def test_an_orphan_writes_nothing_about_its_end(tmp_path: Path) -> None:
 def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = World(1, 2, 1, torch.device("cpu"))
     monkeypatch.setattr(World, "gather_objects", lambda world, value: [value] * world.size)
-    with Lineage(tmp_path, other, first_step=0, fence=lose):
+    with Lineage(tmp_path, other, first_step=0, tags={}, fence=lose):
         pass
     assert list(tmp_path.iterdir()) == []
 
