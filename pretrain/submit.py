@@ -173,7 +173,10 @@ def _prepare(config: SubmitConfig, *, code_in: Path | None) -> Job:
     workdir = Path.cwd()
     folder = workdir / run.run.dir
     changes: list[str] = []
-    check_can_begin(run)
+    try:
+        check_can_begin(run)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be read: {error}. Choose another run.dir.") from error
     if (folder / "config.yaml").is_file():
         old = thaw(folder)
         check_resumable(old, run)

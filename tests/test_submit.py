@@ -95,6 +95,7 @@ def test_the_shown_command_names_the_commit(tmp_path: Path) -> None:
             "submit.to=host starts no containers",
         ),
         (["run.dir='a\nb'"], "choose another run.dir"),
+        (["run.dir=/dev/null"], "/dev/null cannot be read: [Errno 20] Not a directory"),
     ],
     ids=str,
 )
