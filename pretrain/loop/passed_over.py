@@ -68,7 +68,7 @@ def windows(rewinds: list[Rewind], *, before: int) -> list[tuple[int, int]]:
 
 def row_after(rewinds: list[Rewind], row: int) -> int:
     """`row`, or the first one behind the passed-over rows that it is among."""
-    for rewind in rewinds:
+    for rewind in sorted(rewinds, key=lambda rewind: rewind.first_row):
         if rewind.first_row <= row < rewind.next_row:
             row = rewind.next_row
     return row

@@ -97,6 +97,8 @@ def test_rows_are_passed_over_once_and_chains_of_windows_are_followed(tmp_path) 
     assert [row_after(rewinds, row) for row in (0, 48, 64, 80, 144, 224)] == [
         0, 48, 224, 224, 224, 224,
     ]  # fmt: skip
+    # and in whichever order they were written
+    assert [row_after([second, first], row) for row in (48, 64, 144)] == [48, 224, 224]
     again = Rewind(12, 8, 144, 192), Rewind(16, 2, 32, 240)
     assert windows([first, second], before=300) == [(64, 144), (144, 224)]
     assert windows([again[0], second], before=300) == [(144, 192), (192, 224)]
