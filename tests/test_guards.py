@@ -137,7 +137,7 @@ def test_a_run_whose_last_step_had_no_update_has_not_ended_well(workspace: Path)
     three = ["run.steps=3", "checkpoint.every_steps=9"]
     with Life(workspace, "spoilt", *three, ranks=2, before=spoil_last_gradient) as life:
         assert life.wait() == [70, 70], life.said()
-    wrong = "its last step, 3, but it had no update, because loss or gradient were not finite"
+    wrong = "3, but step 3 had no update, because loss or gradient were not finite"
     for rank in (0, 1):
         assert wrong in life.said(rank)
     assert "WARNING pretrain.loop.record: non-finite at step 3: loss 6" in life.said(0)
@@ -150,6 +150,8 @@ def test_a_run_whose_last_step_had_no_update_has_not_ended_well(workspace: Path)
     again = run_cli(workspace, "train", f"run.dir={life.run_dir}")
     assert again.returncode == 70, again.stderr
     assert wrong in again.stderr
+    submitted = run_cli(workspace, "submit", f"run.dir={life.run_dir}", "submit.to=host")
+    assert f"{life.run_dir} has all its 3 steps, but step 3 had no update" in submitted.stdout
     assert len(read_lives(life.run_dir)) == 1
     more = run_cli(workspace, "train", f"run.dir={life.run_dir}", "run.steps=4")
     assert more.returncode == 0, more.stderr

@@ -25,7 +25,7 @@ class State(Enum):
     running = "running"
     finished = "finished"
     failed = "failed"
-    """It has ended without its last step, and nothing of it is in the queue."""
+    """It has ended without its last step, or not well with it, and is not in the queue."""
     unknown = "unknown"
     """It is not finished, and no SLURM answers here."""
 

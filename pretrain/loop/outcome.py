@@ -36,8 +36,8 @@ def check_last_steps(state: TrainState) -> None:
 def describe_last_steps(state: TrainState) -> str:
     """What was wrong with the last steps, whose numbers were not finite."""
     count = state.not_finite_in_a_row
-    which = "it had" if count == 1 else f"the last {count} steps had"
+    which = f"step {state.step}" if count == 1 else f"the last {count} steps"
     return (
-        f"{which} no update, because loss or gradient were not finite: the weights are those of "
-        f"step {state.step - state.skipped_in_a_row}"
+        f"{which} had no update, because loss or gradient were not finite: the weights are those "
+        f"of step {state.step - state.skipped_in_a_row}"
     )
