@@ -149,7 +149,8 @@ def check_run_folder(config: TrainConfig) -> Iterator[Finding]:
     existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
     try:
         check_can_begin(config)
-        with tempfile.TemporaryFile(dir=existing) as probe:
+        # hidden, so that no other node takes it for somebody else's file meanwhile
+        with tempfile.TemporaryFile(dir=existing, prefix=".probe-") as probe:
             probe.write(b"probe")
     except ConfigError as error:
         yield Finding(Status.missing, "run folder", str(error))

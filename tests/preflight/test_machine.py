@@ -1,12 +1,15 @@
 """One machine: versions, memory, disk, batch and tracking."""
 
 import dataclasses
+import os
+import tempfile
 
 import pytest
 from packaging.requirements import Requirement
 
 from pretrain.compose import load
 from pretrain.engine.config import Device
+from pretrain.loop.beginning import check_can_begin
 from pretrain.loop.config import WandbMode
 from pretrain.model.config import ComputePath
 from pretrain.preflight.findings import Status
@@ -56,6 +59,25 @@ def test_run_folder_that_training_would_refuse_is_missing(config, tmp_path):
     (finding,) = check_run_folder(dataclasses.replace(config, run=theirs))
     assert finding.status is Status.missing
     assert "it holds thesis.txt. Choose another run.dir" in finding.detail
+
+
+def test_nodes_that_try_one_run_folder_at_once_see_nothing_of_each_other(
+    config, tmp_path, monkeypatch
+):
+    """On file systems whose files have a name for a moment before they are anonymous."""
+    shared = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(tmp_path)))
+    unlink, looks = os.unlink, []
+
+    def look_before_unlinking(path, **options):
+        looks.append(os.listdir(tmp_path))
+        check_can_begin(shared)
+        unlink(path, **options)
+
+    monkeypatch.setattr(tempfile, "_O_TMPFILE_WORKS", False)
+    monkeypatch.setattr(os, "unlink", look_before_unlinking)
+    findings = list(check_run_folder(shared))
+    assert [len(names) for names in looks] == [1]
+    assert [finding.status for finding in findings] == [Status.ok, Status.ok]
 
 
 def test_disk_that_cannot_hold_a_checkpoint_is_missing(config):
