@@ -450,7 +450,7 @@ def test_epochs_are_those_of_the_rows_that_the_run_reads(workspace: Path, monkey
     assert done.returncode == 64
     assert "but 160 rows of this mixture read its" in done.stderr
     # and so say the commands that look ahead, unless their shards are others
-    others = workspace / "out/data/small-others"
+    others = workspace / "other-shards"
     shutil.copytree(workspace / "out/data/small-tiny", others)
     manifest_file = others / "manifest.json"
     manifest_file.write_bytes(replace(manifest, tool="another build").to_bytes())
