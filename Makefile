@@ -25,7 +25,7 @@ help:
 	@echo "make faults    kills, full disks, damage, hangs only"
 	@echo "make check     format, lint and types"
 	@echo "make docs      the documentation as a site, in out/site"
-	@echo "make bench     what this machine can measure: the loader; with a GPU, kernels and steps too (20 min; BENCH_SECONDS=5: 11)"
+	@echo "make bench     what this machine can measure: the loader; with a GPU, kernels and steps too (some 20 min; BENCH_SECONDS=5: half)"
 	@echo "make clean     remove what make train produced (not .venv*)"
 
 $(STAMP): pyproject.toml constraints.txt

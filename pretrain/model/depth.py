@@ -21,9 +21,9 @@ from pretrain.model.config import Curriculum, DepthConfig, Law, Sampling, Scope
 from pretrain.model.deal import even_groups
 
 # Work of an iteration with gradient in units of one without: forward, recomputation, 2 x backward.
-# An H200 measures 3.1 in bf16 to 5.0 with a float8 prefix. With 3 instead, the slowest of up to 64
-# ranks would wait for at most 0.16 % of a step less (4,096 rows); a run's depths would be others.
-# EXPERIMENTS.md, "a model of wall time against measured steps", has 512 ranks too.
+# An H200 measures 3.1 in bf16 to 4.9 with a float8 prefix. With 3 instead, up to 64 ranks would
+# wait for the slowest by less than 0.2 % of a step less (4,096 rows); a run's depths would be
+# others. EXPERIMENTS.md, "a model of wall time against measured steps", has 512 ranks too.
 WITH_GRAD_COST = 4
 
 # A default lane holds 8 rows: few enough to balance any rank count that divides rows / 8,
