@@ -16,6 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import chain
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -131,27 +132,30 @@ def encode_part(job: PartJob) -> PartRecord:
     return record
 
 
-def _end_with_parent() -> None:
-    """In a worker, which would wait for work forever if its parent were killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
+def _end_with(lifeline: Connection) -> None:
+    """In a worker: end at once when the other end of `lifeline` closes, or its process dies."""
 
     def follow() -> None:
-        parent.join()
+        # nothing is ever sent
+        lifeline.poll(None)
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
 
 
 def encode_parts(jobs: list[PartJob], workers: int) -> Iterator[tuple[PartJob, PartRecord]]:
-    """Tokenize parts in several processes (0: one per core); yields them as they finish."""
+    """Tokenize parts in several processes (0: one per core); yields them as they finish.
+
+    After an error, or if the caller takes no more, parts that are under way are given up.
+    """
     workers = min(workers or os.cpu_count() or 1, len(jobs))
     if workers <= 1:
         yield from ((job, encode_part(job)) for job in jobs)
         return
     # spawn: a fork would copy whatever threads and locks the caller has
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_end_with_parent)
+    end_of_workers, lifeline = spawn.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(workers, spawn, initializer=_end_with, initargs=(end_of_workers,))
     try:
         futures = {pool.submit(encode_part, job): job for job in jobs}
         for future in as_completed(futures):
@@ -162,7 +166,9 @@ def encode_parts(jobs: list[PartJob], workers: int) -> Iterator[tuple[PartJob, P
             "lower data.build_workers and build again: it goes on where it stopped."
         ) from error
     finally:
+        lifeline.close()
         pool.shutdown(wait=True, cancel_futures=True)
+        end_of_workers.close()
 
 
 def commit(path: Path, content: bytes) -> None:
