@@ -47,9 +47,9 @@ class StopSignals:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if signal.SIGUSR1 in signal.sigpending():
-            # it has been obeyed, or comes too late
-            signal.sigwait({signal.SIGUSR1})
+        # it has been obeyed, or comes too late; a thread older than the block may be quicker
+        while signal.sigtimedwait({signal.SIGUSR1}, 0):
+            pass
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()

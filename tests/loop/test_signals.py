@@ -55,6 +55,23 @@ def test_a_signal_that_nobody_has_asked_about_does_not_strike_at_the_end():
     assert signal.SIGUSR1 not in signal.sigpending()
 
 
+RACE = """
+import os, signal, threading, time
+from pretrain.loop.signals import StopSignals
+threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+for _ in range(10000):
+    with StopSignals():
+        os.kill(os.getpid(), signal.SIGUSR1)
+print("done")
+"""
+
+
+def test_an_older_thread_may_take_the_signal_at_the_end():
+    """It was looked for and then waited for: a run hung at its end, and SIGTERM did not end it."""
+    done = subprocess.run([sys.executable, "-c", RACE], stdout=subprocess.PIPE, timeout=240)
+    assert done.stdout == b"done\n"
+
+
 PROGRAM = """
 import time
 from pretrain.loop.signals import StopSignals
