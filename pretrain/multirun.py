@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from types import FrameType
+from typing import Any
 
 from pretrain.compose import load, parse_overrides
 from pretrain.errors import EXIT_FINISHED, EXIT_SAVED_ON_SIGNAL, ConfigError
@@ -26,21 +27,23 @@ _FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 def run_jobs(words: str, primary: str, overrides: Sequence[str]) -> int:
     """Run the command `words` once for each combination; the largest exit code.
 
-    All jobs are checked before the first one starts. A job that saved on a signal is the last.
-    Raises ConfigError.
+    All jobs are checked before the first one starts. After a signal no other job starts, and the
+    code is never 0. Raises ConfigError.
     """
     jobs = combinations(overrides)
     _check(words, primary, jobs)
     failed: list[str] = []
     code = EXIT_FINISHED
-    for number, job in enumerate(jobs, start=1):
-        log.info("job %d of %d: %s %s", number, len(jobs), words, " ".join(job))
-        own = _run([sys.executable, "-m", "pretrain", *words.split(), *job])
-        if own == EXIT_SAVED_ON_SIGNAL:
-            return own
-        code = max(code, own)
-        if own != EXIT_FINISHED:
-            failed.append(f"job {number} with {own} ({' '.join(job)})")
+    with _Forwarding() as signals:
+        for number, job in enumerate(jobs, start=1):
+            log.info("job %d of %d: %s %s", number, len(jobs), words, " ".join(job))
+            own = signals.run([sys.executable, "-m", "pretrain", *words.split(), *job])
+            if own == EXIT_SAVED_ON_SIGNAL or (signals.came and number < len(jobs)):
+                log.warning("a signal ends the sweep at job %d of %d", number, len(jobs))
+                return own or EXIT_SAVED_ON_SIGNAL
+            code = max(code, own)
+            if own != EXIT_FINISHED:
+                failed.append(f"job {number} with {own} ({' '.join(job)})")
     if failed:
         log.error("%d of %d jobs failed: %s", len(failed), len(jobs), "; ".join(failed))
     return code
@@ -86,21 +89,34 @@ def refuse_shared_folders(folders: Sequence[str]) -> None:
         )
 
 
-def _run(command: list[str]) -> int:
-    """The exit code of a job that gets our signals; a terminal sends it Ctrl-C by itself."""
-    process: subprocess.Popen[bytes] | None = None
+class _Forwarding:
+    """While entered, our signals go to the job that runs; a terminal sends it Ctrl-C by itself."""
 
-    def forward(number: int, frame: FrameType | None) -> None:
-        if process is not None and number in _FORWARDED:
-            process.send_signal(number)
+    def __init__(self) -> None:
+        self.came = False
+        """Whether there was a signal."""
+        self._process: subprocess.Popen[bytes] | None = None
+        self._previous: dict[signal.Signals, Any] = {}
 
-    watched = (signal.SIGINT, *_FORWARDED)
-    previous = {number: signal.signal(number, forward) for number in watched}
-    try:
-        process = subprocess.Popen(command)
-        code = process.wait()
-    finally:
-        for number, handler in previous.items():
+    def __enter__(self) -> "_Forwarding":
+        for number in (signal.SIGINT, *_FORWARDED):
+            self._previous[number] = signal.signal(number, self._forward)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
-    # as a shell says it: 128 + signal
-    return code if code >= 0 else 128 - code
+
+    def run(self, command: list[str]) -> int:
+        """The exit code of a job, as a shell says it: 128 + signal."""
+        self._process = subprocess.Popen(command)
+        if self.came:
+            # before there was a process that could get it
+            self._process.terminate()
+        code = self._process.wait()
+        return code if code >= 0 else 128 - code
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        self.came = True
+        if self._process is not None and number in _FORWARDED:
+            self._process.send_signal(number)

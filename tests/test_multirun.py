@@ -1,5 +1,9 @@
 """A sweep is one clean process for each combination, checked before the first one starts."""
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,6 +57,27 @@ def test_plans_are_swept_and_the_worst_exit_code_counts(tmp_path: Path) -> None:
     last = done.stderr.splitlines()[-1]
     assert "1 of 2 jobs failed: job 1 with 64 (" in last
     assert "batch.micro_rows=3)" in last
+
+
+def test_after_a_signal_no_other_job_starts(tmp_path: Path) -> None:
+    words = ["plan", "-m", *SMALL[3:], "data=embedded", "batch.micro_rows=1,2,4"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "pretrain", *words],
+        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        try:
+            assert process.stderr is not None
+            while "job 1 of 3" not in (line := process.stderr.readline()):
+                assert line
+            # to the sweep alone; its job imports for some seconds
+            process.terminate()
+            said = process.stderr.read()
+            assert process.wait(timeout=240) == 128 + signal.SIGTERM
+        finally:
+            process.kill()
+    assert "a signal ends the sweep at job 1 of 3" in said
+    assert "job 2 of 3" not in said
 
 
 @pytest.mark.slow  # two whole starts; the other tests cover all but the training
