@@ -21,7 +21,7 @@ from pretrain.errors import EXIT_FINISHED, EXIT_SAVED_ON_SIGNAL, ConfigError
 log = logging.getLogger(__name__)
 
 _LINE = re.compile(r"(?P<host>[\w.@:-]+)(?:\s+slots=(?P<slots>\d+))?")
-_SSH = ("ssh", "-o", "BatchMode=yes")
+_SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=20")
 # torchrun gives its ranks 30 s to save before it kills them
 _PATIENCE_S = 40.0
 _POLL_S = 0.1
@@ -82,16 +82,32 @@ class Part:
     host: Host
     pid_file: Path
     process: subprocess.Popen[bytes]
-    was_told: bool = field(default=False)
+    teller: subprocess.Popen[bytes] | None = field(default=None)
+    """Who tells the host to stop its part."""
 
     def stop(self) -> None:
-        """Send SIGTERM to the part's own process on its host, once that has said its number."""
+        """Send SIGTERM to the part's own process on its host, once that has said its number.
+
+        Does not wait: the host may be what hangs.
+        """
         pid = self.pid_file.read_text().strip() if self.pid_file.is_file() else ""
         # empty: between the shell's making the file and writing it, or so NFS shows it
-        if self.was_told or self.process.poll() is not None or not pid:
+        if self.teller is not None or self.process.poll() is not None or not pid:
             return
-        self.was_told = True
-        subprocess.run([*_SSH, self.host.name, f"kill -TERM {pid}"], capture_output=True)
+        self.teller = subprocess.Popen(
+            [*_SSH, self.host.name, f"kill -TERM {pid}"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def give_up(self) -> None:
+        """End what is left of the part on this host."""
+        for process in (self.process, self.teller):
+            if process is not None and process.poll() is None:
+                process.kill()
+                process.wait()
 
 
 def run_on_hosts(hosts: Sequence[Host], script: Path, folder: Path) -> int:
@@ -119,8 +135,7 @@ def run_on_hosts(hosts: Sequence[Host], script: Path, folder: Path) -> int:
         for name, handler in previous.items():
             signal.signal(name, handler)
         for part in parts:
-            if part.process.poll() is None:
-                part.process.kill()
+            part.give_up()
 
 
 def _start(host: Host, script: Path, number: int, notes: Path) -> Part:

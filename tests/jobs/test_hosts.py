@@ -11,6 +11,7 @@ import pytest
 
 from conftest import SMALL
 from pretrain.errors import EXIT_SAVED_ON_SIGNAL, ConfigError
+from pretrain.jobs import hosts
 from pretrain.jobs.hosts import Host, Part, check_hosts, read_hostfile, ssh_command
 from pretrain.loop.metrics import read_metrics
 from pretrain.testing import free_port, tiny_config
@@ -127,13 +128,45 @@ def test_a_part_whose_number_is_not_written_yet_is_told_later(
         part.stop()
         part.pid_file.touch()
         part.stop()
-        assert not part.was_told
+        assert part.teller is None
         part.pid_file.write_text(f"{process.pid}\n")
         part.stop()
         assert process.wait(timeout=30) == -signal.SIGTERM
     finally:
-        process.kill()
-        process.wait()
+        part.give_up()
+
+
+def test_a_host_that_does_not_answer_is_not_waited_for(
+    tmp_path: Path, ssh: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its sshd says nothing; the others are told, and the run ends when its patience does."""
+    program = Path(ssh["PATH"].split(os.pathsep)[0]) / "ssh"
+    program.write_text(
+        SSH.replace("shift\nexec", '[ "$1" != hangs ] || exec sleep 600\nshift\nexec')
+    )
+    for name, value in ssh.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(hosts, "_PATIENCE_S", 5.0)
+    parts = []
+    for name in ("hangs", "answers"):
+        parts.append(
+            Part(
+                Host(name=name, slots=1),
+                tmp_path / f"{name}.pid",
+                subprocess.Popen(["sleep", "60"]),
+            )
+        )
+        parts[-1].pid_file.write_text(f"{parts[-1].process.pid}\n")
+    try:
+        started = time.monotonic()
+        assert hosts._wait(parts, lambda: True) == -signal.SIGTERM
+        assert time.monotonic() - started < 60
+        assert [part.process.poll() for part in parts] == [None, -signal.SIGTERM]
+    finally:
+        for part in parts:
+            part.give_up()
+    assert parts[0].teller is not None
+    assert parts[0].teller.poll() == -signal.SIGKILL
 
 
 def test_a_host_that_fails_ends_the_others_with_its_code(
