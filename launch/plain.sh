@@ -20,12 +20,16 @@ free_port() {
 print(socket.create_server(("127.0.0.1", 0)).getsockname()[1])'
 }
 
-forward() { kill -s "$1" "${pids[@]}" 2>/dev/null || true; }
+forward() {
+    asked=$1
+    kill -s "$1" "${pids[@]}" 2>/dev/null || true
+}
 
 # After a failure the other ranks have this long to end by themselves.
 patience_s=20
 
 pids=()
+asked=
 # Ctrl-C at a terminal reaches the ranks too; one more SIGINT would kill them, SIGTERM asks again.
 trap 'forward TERM' TERM INT
 trap 'forward USR1' USR1
@@ -36,6 +40,8 @@ for ((rank = 0; rank < WORLD_SIZE; rank++)); do
     RANK=$rank LOCAL_RANK=$rank launch/node.sh train "$@" &
     pids+=($!)
 done
+# what came before the last of them was there
+if [[ -n $asked ]]; then forward "$asked"; fi
 
 result=0
 failed_at=

@@ -49,7 +49,9 @@ def start(project: Path) -> Iterator:
     for process in processes:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        process.wait()
+        # not read to its end: torchrun's ranks have sessions of their own, and may hold it still
+        process.stderr.close()
 
 
 def finished_steps(run_dir: Path) -> list[int]:
@@ -86,6 +88,29 @@ def test_plain_processes_keep_the_code_of_the_failure(project: Path, start) -> N
     errors = process.communicate(timeout=240)[1]
     assert process.returncode == 64, errors
     assert "widht" in errors
+
+
+SLOW_TO_CHOOSE = """#!/bin/bash
+# Instead of the interpreter: is slow to choose a port; as a rank it would stay for long.
+if [[ $1 != -c ]]; then exec sleep 300; fi
+touch "$0.begun"
+until [[ -e $0.go ]]; do sleep 0.05; done
+echo 1
+"""
+
+
+def test_a_signal_before_the_first_rank_is_not_lost(project: Path, start) -> None:
+    program = project / "slow-to-choose"
+    program.write_text(SLOW_TO_CHOOSE)
+    program.chmod(0o755)
+    process = start("env", f"PRETRAIN_PYTHON={program}", "launch/plain.sh", "2")
+    deadline = time.monotonic() + 60
+    while not program.with_name("slow-to-choose.begun").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    program.with_name("slow-to-choose.go").touch()
+    assert process.wait(timeout=120) == 128 + signal.SIGTERM
 
 
 DIES_OR_HANGS = """#!/bin/bash
