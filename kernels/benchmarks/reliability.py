@@ -26,6 +26,8 @@ from measurements import RESULTS, append, card, commit
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path("out/reliability")
+# lives that threads follow end with the program
+interrupted = threading.Event()
 SMALL = [
     "experiment=huginn-100m", "batch.global_tokens=65536", "batch.micro_rows=4",
     "schedule.warmup_tokens=0", "run.steps=12", "+checkpoint.tags.half=6",
@@ -80,11 +82,15 @@ def train(
         process = subprocess.Popen(
             command, stdout=log, stderr=log, start_new_session=True, env=environment
         )
-        while process.poll() is None:
-            if until is not None and until(run_dir):
+        try:
+            while process.poll() is None and not (until is not None and until(run_dir)):
+                if interrupted.is_set():
+                    sys.exit(130)
+                time.sleep(0.2)
+        finally:
+            # also after Ctrl-C, which goes to our session alone
+            if process.poll() is None:
                 os.killpg(process.pid, 9)
-                break
-            time.sleep(0.2)
         process.wait()
     print(f"{name}: {process.returncode} after {time.monotonic() - started:.0f} s", flush=True)
     return run_dir
@@ -300,8 +306,11 @@ def elastic(overrides: list[str]) -> None:
             name, [*setting, f"engine={engine}"], count, cards, before, saved, last,
         )))  # fmt: skip
         threads[-1].start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    finally:
+        interrupted.set()
 
 
 def link_or_copy(source: str, target: str) -> None:
