@@ -60,17 +60,18 @@ train: $(STAMP)
 	$(BIN)/pretrain generate run.dir=out/runs/tiny generate.prompt='def ' generate.max_new_tokens=100
 
 # Whole files to each process, because tests of a file share what they build. A test that even its own limit
-# does not end (pyproject.toml), as in native code or in a wait after the limit, ends its process with all stacks.
+# does not end (pyproject.toml), as in native code or in a wait after it, ends its process and shows all stacks.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not gpu' -n $(TEST_WORKERS) --dist loadfile \
-		--max-worker-restart 0 -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
+		--max-worker-restart 0 -o faulthandler_timeout=1200 -o faulthandler_exit_on_timeout=true
 
 test-all: $(STAMP) $(OTHER_STAMP) $(HARNESS_STAMP)
 	$(BIN)/python -m pytest
 
 # A test that cannot run here fails.
 test-slurm: $(STAMP)
-	PRETRAIN_SLURM_TESTS=required $(BIN)/python -m pytest -m slurm tests/slurm
+	PRETRAIN_SLURM_TESTS=required $(BIN)/python -m pytest -m slurm tests/slurm \
+		-o faulthandler_timeout=1200 -o faulthandler_exit_on_timeout=true
 
 # So does one here without the environment.
 test-harness: $(HARNESS_STAMP)

@@ -1,5 +1,6 @@
 """A workspace with text, tokenizer and shards, made once by the commands themselves."""
 
+import faulthandler
 import json
 import os
 import random
@@ -9,11 +10,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from _pytest.faulthandler import fault_handler_stderr_fd_key
 from hypothesis import HealthCheck, settings
 
 # How long an example or drawing it takes says how busy this machine is: pytest's limit is enough.
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item):
+    """A limit for what follows a failure, too: a test that fails takes its limits with it."""
+    if limit_s := float(item.config.getini("faulthandler_timeout")):
+        stderr = item.config.stash[fault_handler_stderr_fd_key]
+        faulthandler.dump_traceback_later(limit_s, file=stderr, exit=True)
+    return (yield)
+
 
 SMALL = [
     "data=files", "data.name=small", "data.root=text",

@@ -214,9 +214,11 @@ def test_a_killed_build_goes_on_to_the_same_bytes(config, tokenizer_folder, tmp_
     )
     process.start()
     work = Path(config.shards) / ".build"
-    while process.is_alive() and sum(path.is_file() for path in work.rglob("*")) < files:
-        time.sleep(0.0005)
-    process.kill()
+    try:
+        while process.is_alive() and sum(path.is_file() for path in work.rglob("*")) < files:
+            time.sleep(0.0005)
+    finally:
+        process.kill()
     process.join()
     build(config, tokenizer_folder)
     assert tree(config.shards) == expected

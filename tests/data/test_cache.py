@@ -213,9 +213,13 @@ def test_processes_of_a_node_download_once(server, tmp_path):
     processes = [context.Process(target=fetch_when_all_are_ready, args=arguments) for _ in range(4)]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0] * 4
+    try:
+        for process in processes:
+            process.join(120)
+        assert [process.exitcode for process in processes] == [0] * 4
+    finally:
+        for process in processes:
+            process.kill()
     assert server.requested == ["/a.tar"]
 
 

@@ -5,7 +5,6 @@ import logging
 import multiprocessing
 import os
 import re
-import signal
 import subprocess
 import sys
 import textwrap
@@ -224,11 +223,12 @@ def test_workers_do_not_outlive_a_killed_parent(make_shards, tmp_path):
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     ) as parent:
-        assert parent.stdout is not None
-        workers = [int(pid) for pid in parent.stdout.readline().split()]
-        assert len(workers) == 2
-        parent.send_signal(signal.SIGKILL)
-        parent.wait()
+        try:
+            assert parent.stdout is not None
+            workers = [int(pid) for pid in parent.stdout.readline().split()]
+            assert len(workers) == 2
+        finally:
+            parent.kill()
     # torch's workers look for their parent every five seconds: this test is slow
     deadline = time.monotonic() + 120
     while any(map(is_running, workers)) and time.monotonic() < deadline:

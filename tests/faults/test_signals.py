@@ -108,12 +108,15 @@ def test_a_time_limit_that_nears_during_the_start(
     place = {"PRETRAIN_PYTHON": sys.executable, "PRETRAIN_WORKDIR": str(workspace)}
     environment = os.environ | place | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=environment) as process:
-        deadline = time.monotonic() + 240
-        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(signal.SIGUSR1)
-        assert process.wait(timeout=240) == 75
+        try:
+            deadline = time.monotonic() + 240
+            while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            process.send_signal(signal.SIGUSR1)
+            assert process.wait(timeout=240) == 75
+        finally:
+            process.kill()
     check_same(finish(workspace, name), whole(1))
 
 

@@ -87,12 +87,15 @@ with StopSignals() as stop:
 @pytest.mark.faults
 def test_a_second_interrupt_ends_the_process_at_once():
     with subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        process.send_signal(signal.SIGINT)
-        assert process.stdout.readline() == b"SIGINT\n"
-        started = time.monotonic()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == -signal.SIGINT
-        # Far below the 60 s that the program would sleep.
-        assert time.monotonic() - started < 20
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            process.send_signal(signal.SIGINT)
+            assert process.stdout.readline() == b"SIGINT\n"
+            started = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=30) == -signal.SIGINT
+            # Far below the 60 s that the program would sleep.
+            assert time.monotonic() - started < 20
+        finally:
+            process.kill()
