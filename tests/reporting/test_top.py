@@ -122,6 +122,8 @@ def test_a_terminal_follows_the_run_until_ctrl_c(make_run):
     process = subprocess.Popen(
         [sys.executable, "-m", "pretrain", "top", f"run.dir={folder}", "top.refresh_s=0.1"],
         stdin=theirs, stdout=theirs, stderr=theirs, env=os.environ | {"COLUMNS": "120"},
+        # what a shell starts in the background ignores it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     try:
         read_until(terminal, lambda seen: b"step 5/320" in seen)
