@@ -27,8 +27,8 @@ _FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 def run_jobs(words: str, primary: str, overrides: Sequence[str]) -> int:
     """Run the command `words` once for each combination; the largest exit code.
 
-    All jobs are checked before the first one starts. After a signal no other job starts, and the
-    code is never 0. Raises ConfigError.
+    All jobs are checked before the first one starts. After a signal, or one that was asked to save
+    and stop, no other starts, and the code is not 0 if some are left. Raises ConfigError.
     """
     jobs = combinations(overrides)
     _check(words, primary, jobs)
@@ -39,7 +39,7 @@ def run_jobs(words: str, primary: str, overrides: Sequence[str]) -> int:
             log.info("job %d of %d: %s %s", number, len(jobs), words, " ".join(job))
             own = signals.run([sys.executable, "-m", "pretrain", *words.split(), *job])
             if own == EXIT_SAVED_ON_SIGNAL or (signals.came and number < len(jobs)):
-                log.warning("a signal ends the sweep at job %d of %d", number, len(jobs))
+                log.warning("told to stop: the sweep ends at job %d of %d", number, len(jobs))
                 return own or EXIT_SAVED_ON_SIGNAL
             code = max(code, own)
             if own != EXIT_FINISHED:

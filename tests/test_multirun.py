@@ -76,7 +76,7 @@ def test_after_a_signal_no_other_job_starts(tmp_path: Path) -> None:
             assert process.wait(timeout=240) == 128 + signal.SIGTERM
         finally:
             process.kill()
-    assert "a signal ends the sweep at job 1 of 3" in said
+    assert "told to stop: the sweep ends at job 1 of 3" in said
     assert "job 2 of 3" not in said
 
 
